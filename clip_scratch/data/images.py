@@ -1,0 +1,62 @@
+"""Image files -> uint8 arrays -> augmented uint8 tensors. The model itself normalises, on its own device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from ..config import CFG
+
+# albumentations asks the network for a newer release when it is imported
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+
+def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """An image file, PIL image or array as RGB uint8, (H, W, 3).
+
+    EXIF orientation is applied; greyscale, palette, CMYK and 16-bit images become RGB; what is transparent
+    lies on white. A truncated or corrupt file raises OSError (or ValueError or SyntaxError, as PIL does).
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    elif not isinstance(image, Image.Image):
+        with Image.open(image) as file:
+            file.load()
+            image = file
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greyscale: PIL would clip it to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def image_transform(cfg: CFG, train: bool):
+    """The albumentations pipeline: `transform(image=array)["image"]` is a uint8 tensor (3, size, size).
+
+    Training: random resized crop, flip and colour jitter, each a setting. Evaluation: the whole image
+    resized to the square, so that nothing a caption mentions is cut off.
+    """
+    import albumentations as A
+
+    if not train:
+        return A.Compose([A.Resize(cfg.size, cfg.size, area_for_downscale="image"), A.ToTensorV2()])
+    square = (cfg.size, cfg.size)
+    steps: list = [
+        A.RandomResizedCrop(square, scale=(cfg.crop_scale, 1.0), area_for_downscale="image")
+        if cfg.crop_scale < 1
+        else A.Resize(*square, area_for_downscale="image")
+    ]
+    if cfg.horizontal_flip:
+        steps.append(A.HorizontalFlip(p=cfg.horizontal_flip))
+    if cfg.color_jitter or cfg.hue_jitter:
+        around = (1 - cfg.color_jitter, 1 + cfg.color_jitter)
+        hue = (-cfg.hue_jitter, cfg.hue_jitter)
+        steps.append(A.ColorJitter(brightness=around, contrast=around, saturation=around, hue=hue, p=0.8))
+    return A.Compose([*steps, A.ToTensorV2()])

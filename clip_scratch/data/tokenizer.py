@@ -1,0 +1,117 @@
+"""Captions -> token ids: once, packed without padding; padded to the longest of each batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import UserError
+from ..hub import hub_access, hub_name, local_path
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config import CFG
+
+TRAINED = "train"  # text_tokenizer="train": a WordPiece vocabulary learned from the training captions
+_VOCABULARY = 8192
+_LETTERS = 1000  # different letters kept; the rarest of a large script are unknown
+
+
+def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """The text encoder's own tokenizer; where a random text tower has none at hand, one trained on `captions`.
+
+    Raises UserError where a pretrained tower's tokenizer can be had neither locally nor from the hub.
+    """
+    from transformers import AutoTokenizer
+
+    name = cfg.text_tokenizer or cfg.text_encoder_model
+    if name == TRAINED:
+        if not len(captions):
+            raise UserError("text_tokenizer 'train' learns from the training captions, and there are none")
+        return train_tokenizer(captions)
+    path = local_path(name, "text_tokenizer")
+    if path is not None:
+        try:
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"text_tokenizer: {path} holds no tokenizer ({str(error).splitlines()[0]})") from error
+    random_text = not (cfg.pretrained and cfg.text_pretrained)
+    try:
+        with hub_access(f"the tokenizer {name!r}", "Give text_tokenizer a local folder, or --no-pretrained"):
+            return AutoTokenizer.from_pretrained(hub_name(name))
+    except UserError:
+        if random_text and not cfg.text_tokenizer and len(captions):
+            return train_tokenizer(captions)
+        raise
+
+
+def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerBase:
+    """An uncased WordPiece tokenizer with BERT's special tokens, learned from `captions`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizerFast
+
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers the letters within a word in the order of a random hash table, and with it breaks ties:
+    # they are given to it in order, so that the same captions give the same vocabulary.
+    letters = Counter(c for text in captions for c in wordpiece.normalizer.normalize_str(text) if not c.isspace())
+    inner = sorted(f"##{letter}" for letter, _ in letters.most_common(_LETTERS))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=_VOCABULARY,
+        min_frequency=2,
+        limit_alphabet=_LETTERS,
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner],
+        show_progress=False,
+    )
+    wordpiece.train_from_iterator(captions, trainer)
+    return BertTokenizerFast(vocab=wordpiece.get_vocab(), do_lower_case=True)
+
+
+@dataclass
+class TokenTable:
+    """Token ids of many captions, packed end to end: caption i is `ids[starts[i]:starts[i + 1]]`."""
+
+    ids: np.ndarray  # int32, (all tokens,)
+    starts: np.ndarray  # int64, (captions + 1,)
+    pad_id: int
+    truncated: int  # captions that were longer than max_length
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each caption, (captions,)."""
+        return np.diff(self.starts)
+
+    def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those captions padded to their longest: input_ids and attention_mask, both int64 (C, L)."""
+        import torch
+
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.starts[rows + 1] - self.starts[rows]
+        mask = np.arange(lengths.max())[None, :] < lengths[:, None]  # (C, L)
+        input_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        input_ids[mask] = np.concatenate([self.ids[self.starts[r] : self.starts[r + 1]] for r in rows])
+        return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
+
+
+def tokenize(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenTable:
+    """Tokenise every caption once; longer ones are cut at `max_length` tokens and counted."""
+    limit = min(max_length, tokenizer.model_max_length)
+    rows = tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
+    long = [i for i, ids in enumerate(rows) if len(ids) > limit]
+    if long:  # the tokenizer knows which special tokens a caption keeps when it is cut
+        cut = tokenizer([captions[i] for i in long], truncation=True, max_length=limit)["input_ids"]
+        for i, ids in zip(long, cut, strict=True):
+            rows[i] = ids
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    ids = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]) if rows else np.empty(0, np.int32)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return TokenTable(ids, starts, pad_id, truncated=len(long))

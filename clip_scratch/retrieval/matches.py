@@ -1,0 +1,134 @@
+"""find_matches and find_captions: what fits a query best, as a result that draws itself in Jupyter."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..data.captions import image_folder
+from ..data.images import load_image
+from ..errors import UserError
+from ..models.clip import CLIPModel
+from .embed import ImageLike, encode_image, encode_text
+
+
+class Matches(Sequence):
+    """(image name, cosine score) pairs, best first, for one query; a grid of pictures in Jupyter."""
+
+    def __init__(self, query: str, pairs: list[tuple[str, float]], folder: Path):
+        self.query, self.pairs, self.folder = query, pairs, folder
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        return self.pairs[i]
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{self.query!r}", *(f"  {score:6.3f}  {name}" for name, score in self.pairs)])
+
+    def figure(self):
+        """A matplotlib figure: a square grid of the images under the query."""
+        columns = max(1, int(np.ceil(np.sqrt(len(self)))))
+        return draw([self], columns)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the grid to a PNG (or whatever the file's ending says)."""
+        return _write(self.figure(), path)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def draw(results: Sequence[Matches], columns: int):
+    """A figure with `columns` images a line, each query's images under its words, best first."""
+    from matplotlib.figure import Figure
+
+    lines = [-(-max(1, len(result)) // columns) for result in results]
+    figure = Figure(figsize=(2.2 * columns, sum(2.2 * n + 0.5 for n in lines)), dpi=100, layout="constrained")
+    parts = figure.subfigures(len(results), 1, height_ratios=[2.2 * n + 0.5 for n in lines], squeeze=False)[:, 0]
+    for result, n, part in zip(results, lines, parts, strict=True):
+        part.suptitle("\n".join(textwrap.wrap(result.query, 24 * columns)), fontsize=11, fontweight="bold")
+        for axis, match in zip(part.subplots(n, columns, squeeze=False).flat, [*result, *[None] * (n * columns)], strict=False):  # fmt: skip
+            axis.set_axis_off()
+            if match is None:
+                continue
+            name, score = match
+            axis.set_title(f"{score:.3f}", fontsize=9)
+            path = result.folder / name
+            if path.is_file():
+                axis.imshow(load_image(path), aspect="equal")
+            else:
+                axis.text(0.5, 0.5, f"{name}\n(file is gone)", ha="center", va="center", fontsize=8)
+    return figure
+
+
+def save_grid(results: Sequence[Matches], path: str | Path, columns: int) -> Path:
+    """Write several queries' results, one below the other, to one picture."""
+    return _write(draw(results, columns), path)
+
+
+def _write(figure, path: str | Path) -> Path:
+    path = Path(path)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for an ending it does not know
+        raise UserError(f"cannot write the picture {path}: {error}") from error
+    return path
+
+
+def _best(scores: torch.Tensor, names: Sequence[str], n: int) -> list[tuple[str, float]]:
+    """The n best distinct names; a name that occurs several times counts with its best score."""
+    numbers, distinct = pd.factorize(np.asarray(names, dtype=object))
+    best = torch.full((len(distinct),), -torch.inf).scatter_reduce_(0, torch.from_numpy(numbers), scores, "amax")
+    top = best.topk(min(n, len(distinct)))
+    return [(str(distinct[i]), score) for i, score in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+
+
+def find_matches(
+    model: CLIPModel,
+    image_embeddings: torch.Tensor,
+    query: str | Sequence[str],
+    image_filenames: Sequence[str],
+    n: int = 9,
+    image_path: str | Path | None = None,
+    save: str | Path | None = None,
+) -> Matches | list[Matches]:
+    """The n distinct images that fit a query best, as (image name, cosine score), best first (tutorial name).
+
+    `image_embeddings` (N, P) lines up with `image_filenames` (N,), which may name an image several times. The
+    images are drawn from `image_path` (default: the folder the model was trained on) when Jupyter shows the
+    result, or into the picture `save`. A list of queries gives a list of results. Raises UserError where the
+    lengths differ or n is below 1.
+    """
+    if len(image_embeddings) != len(image_filenames):
+        raise UserError(f"{len(image_embeddings)} image_embeddings, but {len(image_filenames)} image_filenames")
+    if n < 1:
+        raise UserError(f"n is at least 1, not {n}")
+    queries = [query] if isinstance(query, str) else list(query)
+    folder = Path(image_path) if image_path else image_folder(model.cfg)
+    scores = encode_text(model, queries) @ torch.as_tensor(image_embeddings).float().cpu().T  # (queries, N)
+    results = [Matches(q, _best(row, image_filenames, n), folder) for q, row in zip(queries, scores, strict=True)]
+    if save:
+        save_grid(results, save, columns=max(1, int(np.ceil(np.sqrt(n)))))
+    return results[0] if isinstance(query, str) else results
+
+
+def find_captions(
+    model: CLIPModel, image: ImageLike, captions: Sequence[str], n: int = 5, text_embeddings: torch.Tensor | None = None
+) -> list[tuple[str, float]]:
+    """The n distinct captions that fit an image best, as (caption, cosine score), best first.
+
+    `text_embeddings` (C, P) of the captions are computed where they are not given.
+    """
+    if text_embeddings is None:
+        text_embeddings = encode_text(model, captions)
+    return _best((encode_image(model, image) @ text_embeddings.T)[0], captions, n)

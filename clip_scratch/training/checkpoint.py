@@ -1,0 +1,156 @@
+"""Save, load, resume. A run killed at any instant leaves only whole files behind.
+
+    runs/x/config.json      the settings
+    runs/x/metrics.jsonl    a line per epoch
+    runs/x/best/            model.safetensors (weights; epoch, metrics and git commit in its header), config.json,
+                            text_config.json, metrics.json and the tokenizer's files: all that `load` needs
+    runs/x/last/training.pt weights, optimiser, schedule, random states and progress: all that a resume needs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import CFG
+from ..errors import UserError
+from ..models.clip import CLIPModel
+
+WEIGHTS, STATE, SETTINGS, TEXT_SETTINGS = "model.safetensors", "training.pt", "config.json", "text_config.json"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, sync it, and rename it to `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_json(path: Path, content: object) -> None:
+    """`content` as indented JSON, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, or "" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    return ""
+
+
+def prepare_best(folder: Path, model: CLIPModel, cfg: CFG) -> None:
+    """Write what of `best/` never changes: settings, tokenizer, text tower's configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, dataclasses.asdict(cfg))
+    write_json(folder / TEXT_SETTINGS, model.text_encoder.model.config.to_dict())
+    model.tokenizer.save_pretrained(folder)
+
+
+def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[str, float]) -> None:
+    """Replace the weights of `best/` in one rename; their header tells the epoch, the metrics and the commit."""
+    from safetensors.torch import save_file
+
+    header = {"format": "pt", "epoch": str(epoch), "metrics": json.dumps(metrics), "git_commit": git_commit()}
+    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata=header))
+    write_json(folder / "metrics.json", {"epoch": epoch, **metrics, "git_commit": header["git_commit"]})
+
+
+def run_config(folder: str | Path) -> CFG:
+    """The settings of a run folder, or of its `best/`. Raises UserError where it is none."""
+    path = Path(folder) / SETTINGS
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: there is no {path}")
+    saved = json.loads(path.read_text())
+    known = {field.name for field in dataclasses.fields(CFG)}
+    return CFG(**{name: value for name, value in saved.items() if name in known})
+
+
+def bare_model(best: Path) -> CLIPModel:
+    """The model that the static files of a `best/` folder describe, with random weights: no hub is asked.
+
+    Raises UserError where the folder is no run's.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    cfg = run_config(best)
+    try:
+        text_config = AutoConfig.for_model(**json.loads((best / TEXT_SETTINGS).read_text()))
+        tokenizer = AutoTokenizer.from_pretrained(best, config=text_config, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{best} is damaged: {str(error).splitlines()[0]}") from error
+    bare = dataclasses.replace(cfg, pretrained=False, image_weights="", text_tokenizer="")
+    model = CLIPModel(bare, tokenizer, text_config)
+    model.cfg = cfg
+    return model
+
+
+def load(path: str | Path, device: str = "cpu") -> CLIPModel:
+    """The trained model of a run folder or of its `best/`, in eval mode; no hub and no flag is needed.
+
+    Raises UserError where the folder is no run, has no best model yet, or holds damaged weights.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    best = folder / "best" if (folder / "best").is_dir() else folder
+    if not (best / SETTINGS).is_file():
+        raise UserError(f"{folder} is not a run folder: there is no {best / SETTINGS}")
+    if not (best / WEIGHTS).is_file():
+        raise UserError(f"{best} holds no weights yet: the run has not finished its first epoch")
+    model = bare_model(best)
+    try:
+        model.load_state_dict(load_file(best / WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{best / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval()
+
+
+def random_states() -> dict[str, object]:
+    """The state of every random generator that training draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states: dict) -> None:
+    """Put back what `random_states` returned."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save_last(folder: Path, state: dict[str, object]) -> None:
+    """Replace `last/training.pt` in one rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / STATE, lambda temporary: torch.save(state, temporary))
+
+
+def load_last(folder: Path) -> dict:
+    """What `save_last` wrote. Raises UserError where there is nothing to resume from."""
+    path = folder / STATE
+    if not path.is_file():
+        raise UserError(f"nothing to resume: there is no {path}")
+    # Our own file, with numpy and Python random states in it, which weights_only would refuse
+    return torch.load(path, map_location="cpu", weights_only=False)

@@ -1,0 +1,137 @@
+"""train_epoch and valid_epoch: the loop itself. No file is written here and no command line is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..config import CFG
+from ..data.loaders import Batch, Loader
+from ..errors import UserError
+from ..evaluation.retrieval import recall_at_k
+from .device import computes_in_bf16
+from .losses import LOSSES
+
+
+@dataclass
+class Step:
+    """What one optimiser step did, for whoever watches: the progress bar, the log, the checkpoint."""
+
+    number: int  # batches of this epoch done, this one included
+    loss: float
+    images: int
+    captions: int
+    seconds: float  # data and computation of this step
+    spread: float  # mean cosine of two different images of the batch: near 1, the embeddings have collapsed
+
+
+def autocast(cfg: CFG, device: torch.device):
+    """The autocast context of `precision`; a context that does nothing for fp32."""
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(device) else "fp32"
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def loss_of(model: nn.Module, batch: Batch, cfg: CFG) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training loss of a batch, and its image embeddings (B, P). The towers run in `precision`, the loss in fp32."""
+    with autocast(cfg, model.device):
+        image_embeddings, text_embeddings = model(batch)  # (B, P), (C, P)
+    loss = LOSSES[cfg.loss]
+    if model.logit_bias is not None:
+        loss = partial(loss, logit_bias=model.logit_bias)
+    ids = batch["image_ids"], batch["caption_image_ids"], batch["caption_ids"]
+    return loss(image_embeddings, text_embeddings, model.logit_scale, *ids), image_embeddings
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: Loader,
+    optimizer: torch.optim.Optimizer,
+    cfg: CFG,
+    *,
+    step_scheduler: torch.optim.lr_scheduler.LambdaLR | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    average: nn.Module | None = None,
+    on_step: Callable[[Step], object] = lambda step: None,
+) -> None:
+    """One pass over `loader`'s batches: forward, loss, backward, clip, step.
+
+    `average` is an exponential moving average of the model to update, if any. `on_step` sees every step and
+    may raise to stop between two steps. Raises UserError at a non-finite loss, before it reaches the weights.
+    """
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    began = time.perf_counter()
+    for number, batch in enumerate(loader, start=loader.batches.skip + 1):
+        batch = to_device(batch, model.device)
+        loss, image_embeddings = loss_of(model, batch, cfg)
+        value = loss.item()
+        if not math.isfinite(value):
+            names = ", ".join(batch["names"][:8]) + (", ..." if len(batch["names"]) > 8 else "")
+            raise UserError(f"the loss is {value} at step {number} of this epoch; the batch's images: {names}")
+        optimizer.zero_grad(set_to_none=True)
+        if scaler is None:
+            loss.backward()
+        else:
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+        if cfg.grad_clip:
+            nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        if step_scheduler is not None:
+            step_scheduler.step()
+        if average is not None:
+            average.update_parameters(model)
+        now = time.perf_counter()
+        images, captions = len(batch["pixels"]), len(batch["input_ids"])
+        on_step(Step(number, value, images, captions, now - began, _spread(image_embeddings)))
+        began = time.perf_counter()
+
+
+def _spread(embeddings: torch.Tensor) -> float:
+    """Mean cosine of two different rows of (B, P) normalised embeddings."""
+    n = len(embeddings)
+    total = embeddings.detach().sum(0).square().sum().item()  # sum of all cosines, the n of a row with itself included
+    return (total - n) / max(1, n * (n - 1))
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, loader: Iterable[Batch], cfg: CFG) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings of all images (N, P) and captions (C, P) of a loader, and the image row of each caption (C,)."""
+    model.eval()
+    images, texts, ids, caption_ids = [], [], [], []
+    for batch in loader:
+        batch = to_device(batch, model.device)
+        with autocast(cfg, model.device):
+            image_embeddings, text_embeddings = model(batch)
+        images.append(image_embeddings.float().cpu())
+        texts.append(text_embeddings.float().cpu())
+        ids.append(batch["image_ids"].cpu())
+        caption_ids.append(batch["caption_image_ids"].cpu())
+    order, rows = torch.cat(ids).sort()
+    own = rows[torch.searchsorted(order, torch.cat(caption_ids))]
+    return torch.cat(images), torch.cat(texts), own
+
+
+def valid_epoch(model: nn.Module, loader: Iterable[Batch], cfg: CFG) -> dict[str, float]:
+    """The recalls of `model` on a validation loader, as `recall_at_k` gives them."""
+    return recall_at_k(*embed(model, loader, cfg))

@@ -1,0 +1,57 @@
+"""Parameter groups with three learning rates, and the two schedules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from ..config import CFG
+from ..errors import UserError
+
+
+def build_optimizer(model: nn.Module, cfg: CFG) -> torch.optim.AdamW:
+    """AdamW with a learning rate each for the image tower, the text tower and the heads.
+
+    Norms, biases and the temperature are not decayed. Raises UserError where no parameter trains.
+    """
+    rates = {"image": cfg.image_encoder_lr, "text": cfg.text_encoder_lr, "head": cfg.head_lr}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = {"image_encoder": "image", "text_encoder": "text"}.get(name.partition(".")[0], "head")
+            groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
+    if not groups:
+        raise UserError("nothing to train: every parameter is frozen")
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": rates[part], "weight_decay": cfg.weight_decay if decay else 0.0, "part": part}
+            for (part, decay), parameters in groups.items()
+        ],
+        fused=True,
+    )
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The present rate of each part: image_encoder_lr, text_encoder_lr, head_lr."""
+    names = {"image": "image_encoder_lr", "text": "text_encoder_lr", "head": "head_lr"}
+    return {names[group["part"]]: group["lr"] for group in optimizer.param_groups}
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int) -> LambdaLR | ReduceLROnPlateau:
+    """"plateau": lower the rates when the validation rsum stalls. "cosine": warm up linearly, then fall to zero.
+
+    A plateau scheduler steps once an epoch with the rsum; a cosine one once an optimiser step.
+    """
+    if cfg.scheduler == "plateau":
+        return ReduceLROnPlateau(optimizer, mode="max", patience=cfg.patience, factor=cfg.factor)
+
+    def multiplier(step: int) -> float:
+        if step < cfg.warmup_steps:
+            return (step + 1) / cfg.warmup_steps
+        done = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return LambdaLR(optimizer, multiplier)

@@ -1,0 +1,458 @@
+"""Captions files of every published format give the same table; splits are by image; mistakes get one clear line."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clip_scratch.config import CFG
+from clip_scratch.data.captions import check_images, image_folder, make_train_valid_dfs, read_captions, split_of
+from clip_scratch.data.readers import Columns, read_file
+from clip_scratch.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+PAIRS = [("a.jpg", "A dog runs ."), ("a.jpg", "A dog , brown , runs ."), ("b.jpg", 'A "big" cat .')]
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def pairs(path: Path, form: str = "auto", **columns: str) -> list[tuple[str, str]]:
+    table = read_file(path, form, Columns(**columns))
+    return list(zip(table["image"], table["caption"], strict=True))
+
+
+def draw_images(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / name)
+
+
+def caption_file(folder: Path, n: int = 10) -> Path:
+    """A captions file of n images with two captions each."""
+    rows = [f"{i}.png,{text} {i}" for i in range(n) for text in ("one", "two")]
+    return write(folder / "captions.csv", "\n".join(["image,caption", *rows]))
+
+
+def refused(fragment: str, **config: object) -> str:
+    """The message of the UserError that read_captions ends in; it holds `fragment`."""
+    with pytest.raises(UserError) as caught:
+        read_captions(CFG(**config))
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- formats
+
+QUOTED = 'image,caption\na.jpg,A dog runs .\na.jpg,"A dog , brown , runs ."\nb.jpg,"A ""big"" cat ."\n'
+FORMATS = {
+    "kaggle": QUOTED,
+    "crlf": QUOTED.replace("\n", "\r\n"),
+    "bom": "\ufeff" + QUOTED,
+    "blank lines": QUOTED.replace("\n", "\n\n"),
+    "unquoted": 'image,caption\na.jpg,A dog runs .\na.jpg,A dog , brown , runs .\nb.jpg,A "big" cat .\n',
+    "unpaired quotes": 'image\tcaption\na.jpg\tA dog runs .\na.jpg\tA dog , brown , runs .\nb.jpg\t"A ""big"" cat ."\n',
+    "no header": QUOTED.split("\n", 1)[1],
+    "tutorial": 'id,image,caption\n0,a.jpg,A dog runs .\n0,a.jpg,"A dog , brown , runs ."\n1,b.jpg,"A ""big"" cat ."\n',
+    "index first": ',image,caption\n0,a.jpg,A dog runs .\n1,a.jpg,"A dog , brown , runs ."\n2,b.jpg,A "big" cat .\n',
+    "tabs": 'Text\tFile Name\nA dog runs .\ta.jpg\nA dog , brown , runs .\ta.jpg\n"A ""big"" cat ."\tb.jpg\n',
+    "semicolons": 'image;caption\na.jpg;A dog runs .\na.jpg;A dog , brown , runs .\nb.jpg;"A ""big"" cat ."\n',
+    "flickr8k": 'a.jpg#0\tA dog runs .\na.jpg#1\tA dog , brown , runs .\nb.jpg#0\tA "big" cat .\n'
+    "2258277193_586949ec62.jpg.1#0\tA boy .\n",
+    "flickr30k": "image_name| comment_number| comment\na.jpg| 0| A dog runs .\n"
+    'a.jpg| 4   A dog , brown , runs .\nb.jpg| 0| A "big" cat .\n',
+    "karpathy": json.dumps(
+        {
+            "dataset": "x",
+            "images": [
+                {"filename": "a.jpg", "split": "train", "sentences": [{"raw": text} for _, text in PAIRS[:2]]},
+                {"filename": "b.jpg", "split": "val", "sentences": [{"raw": PAIRS[2][1]}]},
+            ],
+        }
+    ),
+    "json": json.dumps([{"image": image, "caption": text} for image, text in PAIRS], indent=1),
+    "json in an object": json.dumps({"data": [{"img": image, "text": text} for image, text in PAIRS]}),
+    "json lines": "\n".join(json.dumps({"image_path": image, "product_title": text}) for image, text in PAIRS),
+    "lists": '{"image": "a.jpg", "captions": ["A dog runs .", "A dog , brown , runs ."]}\n'
+    '{"image": "./b.jpg", "captions": ["A \\"big\\" cat ."]}\n',
+    "numbered": 'file,caption_0,caption_1\na.jpg,A dog runs .,"A dog , brown , runs ."\nb.jpg,"A ""big"" cat .",\n',
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_recognised(tmp_path, name):
+    found = [pair for pair in pairs(write(tmp_path / "captions", FORMATS[name])) if pair[1]]
+    assert found == PAIRS
+
+
+@pytest.mark.parametrize("form", ["flickr8k", "flickr30k", "karpathy", "json"])
+def test_a_format_can_be_set(tmp_path, form):
+    assert pairs(write(tmp_path / "captions", FORMATS[form]), form) == PAIRS
+
+
+def test_columns_can_be_set(tmp_path):
+    path = write(tmp_path / "x.csv", "photo id,title,words,kind\n1.jpg,no,yes,shoe\n")
+    cfg = CFG(
+        captions_path=path, image_column="photo id", caption_column="words", label_column="kind", valid_fraction=0
+    )
+    table = read_captions(cfg)
+    assert table[["image", "caption", "label", "split"]].values.tolist() == [["1.jpg", "yes", "shoe", "train"]]
+
+
+def test_utf16_as_excel_saves_it(tmp_path):
+    assert pairs(write(tmp_path / "x.txt", "image\tcaption\na.jpg\tżółty\n", "utf-16")) == [("a.jpg", "żółty")]
+
+
+def test_coco_images_keep_their_folder(tmp_path):
+    image = {"filepath": "val2014", "filename": "a.jpg", "split": "restval", "sentences": [{"raw": "A dog ."}]}
+    table = read_captions(
+        CFG(captions_path=write(tmp_path / "c.json", json.dumps({"images": [image]})), valid_fraction=0)
+    )
+    assert table[["image", "split"]].values.tolist() == [["val2014/a.jpg", "train"]]
+
+
+def test_row_is_the_line_of_the_file(tmp_path):
+    path = write(tmp_path / "x.csv", 'image,caption\n\na.jpg,"two\nlines"\nb.jpg,one\n')
+    assert read_file(path, "auto", Columns())["row"].tolist() == [3, 5]
+
+
+text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(text.filter(str.strip), min_size=1, max_size=5), st.sampled_from(",\t;|"), st.sampled_from(["\n", "\r\n"])
+)
+def test_what_the_csv_library_writes_is_read_back(tmp_path, captions, delimiter, end):
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerows([["image", "caption"], *(["a.jpg", caption] for caption in captions)])
+    read = pairs(write(tmp_path / "x.csv", out.getvalue()))
+    assert [caption for _, caption in read] == [" ".join(caption.split()) for caption in captions]
+
+
+# ---- the table
+
+
+def test_ids_cleaning_and_repeats(tmp_path, capsys):
+    path = write(tmp_path / "x.csv", "image,caption\nb.png,x\na.png,y\nb.png,x\nb.png, z  z \na.png,\n,w\n")
+    table = read_captions(CFG(captions_path=path, valid_fraction=0.5))
+    assert table[["image", "caption", "image_id"]].values.tolist() == [
+        ["b.png", "x", 0],
+        ["a.png", "y", 1],
+        ["b.png", "z z", 0],
+    ]
+    assert "Left out 2 rows with no image or no caption (the first: x.csv, row 6)" in capsys.readouterr().err
+
+
+def test_class_or_instance(tmp_path):
+    class Mine(CFG):
+        captions_path = str(caption_file(tmp_path))
+
+    train, valid = make_train_valid_dfs(Mine)
+    assert (train["image"].nunique(), valid["image"].nunique()) == (9, 1)
+    assert make_train_valid_dfs(Mine())[0].equals(train)
+
+
+def test_built_in_scenes_are_read_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = CFG(n_scenes=30)
+    table = read_captions(cfg)
+    assert table.groupby("split")["image"].nunique().sum() == 30
+    assert set(table["split"]) == {"train", "valid", "test"}
+    assert len(check_images(table, image_folder(cfg, table), "error", progress=False)) == len(table)
+
+
+# ---- splits
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(5, 40), st.floats(0, 0.4), st.floats(0, 0.4), st.integers(0, 5), st.randoms())
+def test_seeded_split(tmp_path_factory, n, valid, test, seed, random):
+    path = caption_file(tmp_path_factory.getbasetemp(), n)
+    cfg = CFG(captions_path=path, valid_fraction=valid, test_fraction=test, seed=seed)
+    table = read_captions(cfg)
+    assert (table.groupby("image")["split"].nunique() == 1).all()
+    assert set(table["split"]) == {"train"} | ({"valid"} if valid else set()) | ({"test"} if test else set())
+    assert abs((table["split"] == "valid").sum() / 2 - n * valid) <= 1
+    header, *rows = path.read_text().split("\n")
+    random.shuffle(rows)
+    shuffled = read_captions(
+        CFG(
+            captions_path=write(path, "\n".join([header, *rows])),
+            **{name: getattr(cfg, name) for name in ("valid_fraction", "test_fraction", "seed")},
+        )
+    )
+    assert dict(zip(shuffled["image"], shuffled["split"], strict=True)) == dict(
+        zip(table["image"], table["split"], strict=True)
+    )
+
+
+def test_published_lists(tmp_path, capsys):
+    path = caption_file(tmp_path, 4)
+    write(tmp_path / "My.trainImages.txt", "0.png\r\n1.png\n")
+    write(tmp_path / "devImages.txt", "2.png\nabsent.png\n")
+    table = read_captions(CFG(captions_path=path))
+    assert dict(zip(table["image"], table["split"], strict=True)) == {
+        "0.png": "train",
+        "1.png": "train",
+        "2.png": "valid",
+    }
+    assert "Left out 1 images" in capsys.readouterr().err
+
+
+def test_lists_of_another_data_set_are_ignored(tmp_path):
+    write(tmp_path / "trainImages.txt", "other.png\n")
+    assert len(read_captions(CFG(captions_path=caption_file(tmp_path, 4)))) == 8
+
+
+def test_split_column(tmp_path):
+    path = write(tmp_path / "x.csv", "image,caption,split\n1,x,train\n2,x,Validation\n3,x,test\n")
+    assert read_captions(CFG(captions_path=path))["split"].tolist() == ["train", "valid", "test"]
+
+
+def test_training_gives_the_validation_part_that_is_not_published(tmp_path, capsys):
+    rows = [f"{i},x,{'test' if i < 3 else 'train'}" for i in range(13)]
+    path = write(tmp_path / "x.csv", "\n".join(["image,caption,split", *rows]))
+    table = read_captions(CFG(captions_path=path))
+    assert table["split"].value_counts().to_dict() == {"train": 9, "test": 3, "valid": 1}
+    assert table["image"].tolist() == [str(i) for i in range(13)]
+    assert "has no validation split: 10% of its training images" in capsys.readouterr().err
+
+
+def test_further_files_hold_the_other_splits(tmp_path):
+    valid, test = (write(tmp_path / f"{name}.csv", f"image,caption\n{name}.png,x\n") for name in ("v", "t"))
+    cfg = CFG(captions_path=caption_file(tmp_path, 3), valid_captions_path=valid, test_captions_path=test)
+    table = read_captions(cfg)
+    assert table[["image", "split", "file", "row"]].values.tolist()[-2:] == [
+        ["v.png", "valid", "v.csv", 2],
+        ["t.png", "test", "t.csv", 2],
+    ]
+    assert (table["split"] == "train").sum() == 6
+
+
+# ---- folders and images
+
+
+def test_a_folder_is_searched_for_its_captions_file(tmp_path):
+    draw_images(tmp_path / "set/Flicker8k_Dataset", ["a.jpg", "b.jpg"])
+    write(tmp_path / "set/text/Flickr8k.token.txt", FORMATS["flickr8k"])
+    write(tmp_path / "set/text/Flickr8k.lemma.token.txt", "other")
+    cfg = CFG(captions_path=tmp_path / "set")
+    table = read_captions(cfg)
+    assert len(table) == 3
+    assert image_folder(cfg, table) == image_folder(cfg) == tmp_path / "set/Flicker8k_Dataset"
+
+
+@pytest.mark.parametrize("place", [".", "Images", "photos"])
+def test_images_are_found_beside_the_captions(tmp_path, place):
+    draw_images(tmp_path / place, ["0.png", "1.png"])
+    (tmp_path / "empty").mkdir()
+    assert image_folder(CFG(captions_path=caption_file(tmp_path, 2))) == tmp_path / place
+
+
+def test_bad_images_are_all_named_or_left_out(tmp_path, capsys):
+    draw_images(tmp_path, [f"{i}.png" for i in range(20)])
+    table = read_captions(CFG(captions_path=caption_file(tmp_path, 20)))
+    assert check_images(table, tmp_path, "error", progress=False) is table
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "4.png").write_bytes((tmp_path / "4.png").read_bytes()[:40])
+    with pytest.raises(UserError, match="2 of 20 images") as caught:
+        check_images(table, tmp_path, "error", progress=False)
+    assert "3.png (captions.csv, row 8): no such file" in str(caught.value)
+    assert "4.png (captions.csv, row 10): cannot be decoded" in str(caught.value)
+    kept = check_images(table, tmp_path, "skip", progress=False)
+    assert kept["image"].nunique() == 18
+    assert "3.png" in capsys.readouterr().err
+    for i in range(5, 18):
+        (tmp_path / f"{i}.png").unlink()
+    with pytest.raises(UserError, match="and 5 more"):
+        check_images(table, tmp_path, "error", progress=False)
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_no_image_at_all_is_the_wrong_folder(tmp_path, on_bad_image):
+    table = read_captions(CFG(captions_path=caption_file(tmp_path)))
+    with pytest.raises(UserError, match=r"^none of the 10 images .* searched .* for 0.png .*--image-path") as caught:
+        check_images(table, tmp_path, on_bad_image, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \r\n", "is empty"),
+        (b"\x89PNG\r\n\0\0", "is a binary file"),
+        (b"image,caption\na.jpg,caf\xe9\n", "row 2: not UTF-8"),
+        (b"image,caption\n", "has a header but no captions"),
+        (b"image,captoin\na.jpg,x\n", "no column that is known as the caption. Did you mean captoin? It has: image"),
+        (b"caption,image\nA dog , brown,a.jpg\n", "row 2: 3 columns where the header has 2"),
+        (b'[{"image": "a.jpg",\n "caption": }]', "line 2: not valid JSON"),
+        (b'{"image": "a.jpg", "caption": "x"}\n{"image": \n', "line 2: not valid JSON"),
+        (b'["a.jpg"]', "row 1: not a record"),
+        (b"image,caption\na.jpg,\n", "and all other rows have no image or no caption"),
+        (b"image,caption,split\na.jpg,x,treino\n", "row 2: the split 'treino' is none of train"),
+        (b"image,caption,split\na.jpg,x,train\na.jpg,y,val\n", "both in train (x, row 2) and in valid (x, row 3)"),
+        (b"image,caption\na.jpg,x\n", "1 images are too few"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    refused(message, captions_path=path)
+
+
+def test_a_missing_column_suggests_one(tmp_path):
+    message = refused(
+        "no column 'captions'. Did you mean caption?", captions_path=caption_file(tmp_path), caption_column="captions"
+    )
+    assert "It has: image, caption." in message
+
+
+def test_missing_files_suggest_others(tmp_path):
+    caption_file(tmp_path)
+    refused("Did you mean captions.csv?", captions_path=tmp_path / "caption.csv")
+    refused("cannot read", captions_path=tmp_path / ("x" * 300))
+    refused("There is no folder", captions_path=tmp_path / "no/captions.csv")
+    refused("holds no captions file", captions_path=(tmp_path / "empty").mkdir() or tmp_path / "empty")
+    with pytest.raises(UserError, match="no image folder .* Set --image-path"):
+        image_folder(CFG(captions_path=tmp_path / "captions.csv", image_path=tmp_path / "Imagse"))
+
+
+def test_a_folder_with_several_captions_files_asks_which(tmp_path):
+    write(tmp_path / "train.json", "[]")
+    write(tmp_path / "val.json", "[]")
+    refused("holds several captions files (train.json, val.json)", captions_path=tmp_path)
+
+
+def test_a_split_without_images_says_which_there_are(tmp_path):
+    table = read_captions(CFG(captions_path=caption_file(tmp_path)))
+    with pytest.raises(
+        UserError, match=r"x has no images in the split 'test'; it has train \(9 .*and valid \(1 .*--test-"
+    ):
+        split_of(table, "test", "x")
+
+
+# ---- Hugging Face data sets
+
+
+@pytest.fixture
+def hub_records(tmp_path, monkeypatch):
+    """A data set of 3 images with 2 captions each, one record per caption, in two splits."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path / "source", ["0.png", "1.png", "2.png"])
+    features = datasets.Features(
+        {"pixels": datasets.Image(), "text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])}
+    )
+
+    def part(numbers):
+        records = [
+            {
+                "pixels": {"bytes": (tmp_path / f"source/{i}.png").read_bytes(), "path": None},
+                "text": f"{t} {i}",
+                "label": 1,
+            }
+            for i in numbers
+            for t in ("one", "two")
+        ]
+        return datasets.Dataset.from_list(records, features=features)
+
+    return datasets.DatasetDict({"train": part([0, 1]), "validation": part([2])})
+
+
+def test_saved_hugging_face_data_set(tmp_path, hub_records):
+    hub_records.save_to_disk(tmp_path / "saved")
+    cfg = CFG(captions_path="saved")
+    table = read_captions(cfg)
+    assert table["caption"].tolist() == ["one 0", "two 0", "one 1", "two 1", "one 2", "two 2"]
+    assert table["image_id"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert table["split"].tolist() == ["train"] * 4 + ["valid"] * 2
+    assert set(table["label"]) == {"y"}
+    folder = image_folder(cfg, table)
+    assert folder == Path("data/saved-images")
+    assert len(list(folder.glob("*.png"))) == 3
+    assert len(check_images(table, folder, "error", progress=False)) == 6
+    # A second reading finds what is written and needs no library
+    written = {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+    assert read_captions(cfg).equals(table)
+    assert written == {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+
+
+def test_parquet_folder_and_set_columns(tmp_path, hub_records):
+    (tmp_path / "pq/data").mkdir(parents=True)
+    for split, dataset in hub_records.items():
+        dataset.to_parquet(tmp_path / f"pq/data/{split}-00000-of-00001.parquet")
+    cfg = CFG(captions_path="pq", image_path="out", image_column="pixels", caption_column="text")
+    assert len(read_captions(cfg)) == 6
+    assert image_folder(cfg) == Path("out")
+    refused("no column 'txt'. Did you mean text?", captions_path="pq", caption_column="txt")
+
+
+def test_image_folder_with_metadata(tmp_path, hub_records):
+    write(tmp_path / "source/metadata.csv", "file_name,text\n0.png,x\n1.png,y\n2.png,z\n")
+    table = read_captions(CFG(captions_path="source"))
+    assert table[["image", "caption"]].values.tolist() == [["0.png", "x"], ["1.png", "y"], ["2.png", "z"]]
+    assert table["split"].value_counts().to_dict() == {"train": 2, "valid": 1}
+
+
+def test_hub_without_a_network_fails_at_once(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    refused("hub cannot be reached and someone/nothing is not in its local cache", captions_path="someone/nothing")
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_the_datasets_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    refused("pip install clip_scratch[datasets]", captions_path="someone/nothing")
+
+
+# ---- real data
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not (SHARED / "flickr8k").exists(), reason="no ../shared/flickr8k")
+def test_flickr8k_as_published():
+    cfg = CFG(captions_path=SHARED / "flickr8k")
+    table = read_captions(cfg)
+    assert len(read_file(SHARED / "flickr8k/captions.txt", "auto", Columns())) == 35000
+    assert len(table) == 34991  # nine training captions stand twice for their image
+    assert table.groupby("split")["image"].nunique().to_dict() == {"train": 6000, "valid": 1000}
+    assert len(split_of(table, "valid", "")) == 5000
+    official = (SHARED / "flickr8k/Flickr_8k.devImages.txt").read_text().split()
+    assert set(split_of(table, "valid", "")["image"]) == set(official)
+    assert image_folder(cfg, table) == SHARED / "flickr8k/Images"
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not (SHARED / "fashion").exists(), reason="no ../shared/fashion")
+def test_fashion_in_two_files():
+    fashion = SHARED / "fashion"
+    cfg = CFG(captions_path=fashion / "train_data.json", valid_captions_path=fashion / "val_data.json")
+    table = read_captions(cfg)
+    assert table["split"].value_counts().to_dict() == {"train": 1400, "valid": 300}
+    assert table.iloc[0][["image", "caption", "label"]].tolist() == [
+        "images/34547.jpg",
+        "Puma Men Leather Black Belt",
+        "Belts",
+    ]
+    folder = image_folder(cfg, table)
+    assert folder == fashion
+    assert len(check_images(table.tail(50), folder, "error", progress=False)) == 50

@@ -1,0 +1,225 @@
+"""The prepare verb, against a local server: resume, damage, archives that reach outside, and one clear line."""
+
+import http.server
+import io
+import re
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from clip_scratch import prepare
+from clip_scratch.errors import UserError
+
+ROOT = str(Path(prepare.__file__).parents[1])
+NAMES = [f"{i}_abc.jpg" for i in range(6)]
+
+
+def jpg(i):
+    return cv2.imencode(".jpg", np.full((8, 8, 3), 20 * i, np.uint8))[1].tobytes()
+
+
+def archive(members):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as zipped:
+        for name, content in members.items():
+            zipped.writestr(name, content)
+    return data.getvalue()
+
+
+@pytest.fixture
+def flickr():
+    """The two archives in the shape of the published ones, six images small."""
+    images = {f"Flicker8k_Dataset/{name}": jpg(i) for i, name in enumerate(NAMES)}
+    tokens = "".join(f"{name}#{k}\tA dog , number {k} .\n" for name in NAMES for k in range(5))
+    texts = {"Flickr8k.token.txt": tokens, "readme.txt": "hello", "__MACOSX/._readme.txt": "junk"}
+    for split, names in (("train", NAMES[:4]), ("dev", NAMES[4:5]), ("test", NAMES[5:])):
+        texts[f"Flickr_8k.{split}Images.txt"] = "\n".join(names)
+    junk = {"__MACOSX/Flicker8k_Dataset/._0_abc.jpg": b"junk"}
+    return {"Flickr8k_Dataset.zip": archive(images | junk), "Flickr8k_text.zip": archive(texts)}
+
+
+@pytest.fixture
+def server():
+    """A local server of `server.files`; it notes each (path, Range) asked for, and can hang up after some bytes."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked = self.headers.get("Range")
+            served.requests.append((self.path, asked))
+            content = served.files.get(self.path.strip("/"))
+            if content is None:
+                return self.send_error(404)
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and served.ranges else 0
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                return self.end_headers()
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:][: served.hang_up_after])
+
+        def log_message(self, *args):
+            pass
+
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.files, served.requests, served.ranges, served.hang_up_after = {}, [], True, None
+    served.url = f"http://127.0.0.1:{served.server_port}"
+    threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+CONTENT = bytes(range(256)) * 40
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(server, tmp_path):
+    server.files, server.hang_up_after = {"a.zip": CONTENT}, 4000
+    prepare.download(f"{server.url}/a.zip", tmp_path / "a.zip")
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+    assert [asked for _, asked in server.requests] == [None, "bytes=4000-", "bytes=8000-"]
+    assert not (tmp_path / "a.zip.part").exists()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("have", [100, len(CONTENT)])
+def test_a_part_of_an_earlier_run_is_used_or_fetched_again(server, tmp_path, ranges, have):
+    server.files, server.ranges = {"a.zip": CONTENT}, ranges
+    (tmp_path / "a.zip.part").write_bytes(CONTENT[:have])
+    prepare.download(f"{server.url}/a.zip", tmp_path / "a.zip")
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and len(server.requests) == 1
+
+
+def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
+    server.files = {"a.zip": CONTENT}
+    (tmp_path / "a.zip.part").write_bytes(CONTENT + b"of another file")
+    prepare.download(f"{server.url}/a.zip", tmp_path / "a.zip")
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+
+
+def test_a_server_that_sends_nothing_more_is_said_and_the_part_stays(server, tmp_path):
+    server.files, server.hang_up_after = {"a.zip": CONTENT}, 0
+    (tmp_path / "a.zip.part").write_bytes(CONTENT[:100])
+    with pytest.raises(UserError, match="stops at byte 100. Run this again"):
+        prepare.download(f"{server.url}/a.zip", tmp_path / "a.zip")
+    assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:100] and not (tmp_path / "a.zip").exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "http://no-such-host.invalid/x", "nonsense"])
+def test_no_network_is_one_clear_line_and_soon(tmp_path, url):
+    start = time.monotonic()
+    with pytest.raises(UserError, match="cannot be reached.*place it by hand as"):
+        prepare.flickr8k(out=str(tmp_path), url=url)
+    assert time.monotonic() - start < 12
+
+
+def test_a_file_that_the_server_lacks(server, tmp_path):
+    with pytest.raises(UserError, match="Flickr8k_text.zip cannot be downloaded.*404"):
+        prepare.flickr8k(out=str(tmp_path), url=server.url)
+
+
+def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, capsys):
+    server.files = flickr
+    prepare.flickr8k(out=str(tmp_path), url=server.url)
+    said = capsys.readouterr().out
+    assert "6 images and 30 captions" in said and "as published has 8,091" in said
+    assert "python -m clip_scratch.train flickr8k" in said
+    assert sorted(path.name for path in (tmp_path / "Images").iterdir()) == NAMES
+    assert (tmp_path / "Images" / NAMES[2]).read_bytes() == jpg(2)
+    assert not [path for path in tmp_path.iterdir() if "part" in path.name]
+
+    asked = len(server.requests)
+    prepare.flickr8k(out=str(tmp_path), url=server.url)
+    assert len(server.requests) == asked  # all there: nothing is fetched again
+
+
+def test_zips_placed_by_hand_need_no_network(flickr, tmp_path):
+    for name, content in flickr.items():
+        (tmp_path / name).write_bytes(content)
+    prepare.flickr8k(out=str(tmp_path), url="http://127.0.0.1:9")
+    assert len(list((tmp_path / "Images").iterdir())) == 6
+
+
+def test_an_image_that_a_split_lists_and_no_archive_holds(server, flickr, tmp_path):
+    server.files = flickr | {"Flickr8k_Dataset.zip": archive({f"x/{name}": b"" for name in NAMES[1:]})}
+    with pytest.raises(UserError, match=f"1 images of .*trainImages.txt are not in .*{NAMES[0]}"):
+        prepare.flickr8k(out=str(tmp_path), url=server.url)
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "Images/../../evil.jpg", "/evil.jpg", "..\\evil.jpg"])
+def test_an_archive_that_reaches_outside_is_refused(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.zip").write_bytes(archive({"fine.jpg": jpg(1), name: b"evil"}))
+    with pytest.raises(UserError, match="not to be trusted"):
+        prepare.unzip(tmp_path / "in" / "a.zip", tmp_path / "in" / "out", ".jpg")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.zip"]
+    assert not (tmp_path / "in" / "out").exists()
+
+
+def test_a_damaged_archive_leaves_nothing_half_unpacked(flickr, tmp_path):
+    whole = flickr["Flickr8k_Dataset.zip"]
+    flipped = whole.replace(jpg(3), jpg(3)[:-9] + bytes(9))
+    assert flipped != whole
+    for content in (whole[: len(whole) // 2], flipped, b""):
+        (tmp_path / "a.zip").write_bytes(content)
+        with pytest.raises(UserError, match="a.zip is damaged.*remove it"):
+            prepare.unzip(tmp_path / "a.zip", tmp_path / "out", ".jpg")
+        assert not (tmp_path / "out").exists()
+
+
+def test_flickr30k_says_which_files_to_place_where(tmp_path):
+    with pytest.raises(UserError) as error:
+        prepare.flickr30k(out=str(tmp_path / "f30k"))
+    assert "results.csv" in str(error.value) and "flickr30k_images" in str(error.value)
+
+
+def test_the_summary_counts():
+    table = pd.DataFrame({
+        "image": ["a.jpg", "a.jpg", "b.jpg", "c.jpg"], "caption": ["a dog", "a dog runs", "a dog", "one small red cat"],
+        "image_id": [0, 0, 1, 2], "split": ["train", "train", "train", "valid"],
+    })  # fmt: skip
+    lines = prepare.summary(table).splitlines()
+    assert lines[1].split() == ["train", "2", "3", "1", "/", "1.5", "/", "2"]
+    assert lines[2].split() == ["valid", "1", "1", "1", "/", "1", "/", "1"]
+    assert lines[3].split()[:3] == ["all", "3", "4"]
+    assert lines[4:] == [
+        "words a caption, median: 2.5",
+        "captions that another image has word for word: 2",
+        "the first row: a.jpg: a dog",
+    ]
+
+
+def test_check_reads_the_scenes_that_prepare_draws(tmp_path, capsys):
+    prepare.main(["scenes", "--n", "60", "--out", str(tmp_path / "scenes")])
+    said = capsys.readouterr().out
+    assert "60 images and 300 captions" in said and re.search(r"\([\d,]+ pairs per second\)", said)
+    prepare.main(["check", "--captions-path", str(tmp_path / "scenes" / "captions.txt")])
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert [["train", "48", "240"], ["valid", "6", "30"], ["test", "6", "30"], ["all", "60", "300"]] == rows[1:5]
+
+
+def test_check_stops_at_an_image_that_cannot_be_decoded(tmp_path):
+    prepare.main(["scenes", "--n", "30", "--out", str(tmp_path / "scenes")])
+    (tmp_path / "scenes" / "Images" / "000007.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"000007\.png"):
+        prepare.check(str(tmp_path / "scenes" / "captions.txt"))
+
+
+@pytest.mark.parametrize(
+    "args", [["flickr30k", "--out", "nowhere"], ["scenes", "--n", "3", "--out", "few"], ["nonsense"]]
+)
+def test_a_mistake_exits_with_status_2_and_no_traceback(tmp_path, args):
+    command = [sys.executable, "-m", "clip_scratch.prepare", *args]
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": ROOT, "PATH": ""}
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
