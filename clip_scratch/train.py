@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from .cli import parse
+from .cli import parse, resumed
 from .config import CFG
 from .errors import UserError, run_command
 
@@ -88,6 +88,11 @@ class _Interrupt:
             raise KeyboardInterrupt
         self.asked = True
 
+    def stop_if_asked(self, folder: Path) -> None:
+        """Stop here, where the last checkpoint is whole and up to date."""
+        if self.asked:
+            raise KeyboardInterrupt(f"go on with: python -m clip_scratch.train --resume {folder}")
+
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
@@ -96,6 +101,8 @@ class _Interrupt:
 def main(cfg: CFG | type[CFG]) -> Path:
     """Train by `cfg`, and return the run folder. Raises UserError for what the user can mend."""
     cfg = cfg() if isinstance(cfg, type) else cfg
+    if cfg.resume:
+        cfg = resumed(cfg)
     if not cfg.run_dir:
         cfg = dataclasses.replace(cfg, run_dir=f"runs/run-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = _check_run_folder(cfg)
@@ -104,23 +111,24 @@ def main(cfg: CFG | type[CFG]) -> Path:
 
     import numpy as np
     import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     from .data.captions import check_images, image_folder, read_captions, split_of
     from .data.loaders import build_loaders
     from .data.tokenizer import build_tokenizer
+    from .evaluation.retrieval import recall_at_k
     from .models.clip import CLIPModel
     from .training import checkpoint
     from .training.device import keep_freed_memory, pick_device
-    from .training.engine import train_epoch, valid_epoch
+    from .training.engine import embed, train_epoch, valid_epoch
     from .training.log import RunLog, chance_loss
-    from .training.optimizer import build_optimizer, build_scheduler
+    from .training.optimizer import build_average, build_optimizer, build_scheduler
 
     device = pick_device(cfg)
     keep_freed_memory()
 
     # 1. Captions and images, checked before anything is computed
-    table = check_images(read_captions(cfg), image_folder(cfg), cfg.on_bad_image)
+    table = read_captions(cfg)
+    table = check_images(table, image_folder(cfg, table), cfg.on_bad_image)
     train_df = split_of(table, "train", cfg.captions_path)
     valid_df = split_of(table, "valid", cfg.captions_path)
     print(f"train: {train_df['image_id'].nunique():,} images, {len(train_df):,} captions; "
@@ -141,7 +149,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     scheduler = build_scheduler(optimizer, cfg, total_steps)
     step_scheduler = scheduler if cfg.scheduler == "cosine" else None
     scaler = torch.amp.GradScaler(device.type) if cfg.precision == "fp16" else None
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True) if cfg.ema else None
+    average = build_average(model, cfg)
     measured = average.module if average else model  # the model that is validated and kept
     progress = Progress()
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "average": average}
@@ -182,11 +190,9 @@ def main(cfg: CFG | type[CFG]) -> Path:
             def after_step(step, bar=bar) -> None:
                 progress.add(step)
                 _show(bar, progress, step, model)
-                if interrupt.asked:
+                if interrupt.asked or progress.step % cfg.checkpoint_steps == 0:
                     save_last()
-                    raise KeyboardInterrupt(f"go on with: python -m clip_scratch.train --resume {folder}")
-                if progress.step % cfg.checkpoint_steps == 0:
-                    save_last()
+                interrupt.stop_if_asked(folder)
 
             train_loader.start(progress.epoch, progress.batch, progress.batch + total_steps - progress.step)
             try:
@@ -196,11 +202,14 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 )  # fmt: skip
             except UserError as error:
                 raise UserError(f"epoch {progress.epoch + 1}: {error}. Last good checkpoint: {folder}/last") from error
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except (RuntimeError, MemoryError) as error:  # torch's errors for a GPU and for a CPU are RuntimeErrors
+                if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+                    raise
                 raise UserError(f"out of memory: lower batch_size ({cfg.batch_size}) or size ({cfg.size})") from error
             finally:
                 bar.close()
-            metrics = valid_epoch(measured, valid_loader, cfg)
+            embeddings = embed(measured, valid_loader, cfg)
+            metrics = recall_at_k(*embeddings)
             if cfg.scheduler == "plateau":
                 scheduler.step(metrics["rsum"])
             line = _epoch_line(progress, metrics, model, optimizer)
@@ -210,7 +219,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 checkpoint.save_best(folder / "best", measured, progress.epoch, metrics)
             log.epoch(line, progress.step)
             save_last()
-            _draw_epoch(log, measured, valid_df, progress.step)
+            interrupt.stop_if_asked(folder)
+            _draw_epoch(log, measured, valid_df, embeddings[0], progress.step)
             _report_epoch(line, progress, cfg, chance)
     log.close()
     _report_run(folder, progress, valid_df)
@@ -270,27 +280,28 @@ def _report_epoch(line: dict, progress: Progress, cfg: CFG, chance: float) -> No
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _sample_matches(model, valid_df, n: int = 5) -> list:
-    """The matches of three validation captions, spread over the split, for the retrieval picture."""
+def _sample_matches(model, valid_df, image_embeddings, n: int = 5) -> list:
+    """The matches of three validation captions, spread over the split, for the retrieval picture.
+
+    `image_embeddings` are those of the distinct images, in the order of `valid_df`.
+    """
     from .data.captions import image_folder
-    from .retrieval.embed import encode_image
     from .retrieval.matches import find_matches
 
     names = valid_df["image"].drop_duplicates().tolist()
-    folder = image_folder(model.cfg)
-    embeddings = encode_image(model, [folder / name for name in names])
     queries = valid_df["caption"].iloc[[(2 * i + 1) * len(valid_df) // (2 * _QUERIES) for i in range(_QUERIES)]]
-    return find_matches(model, embeddings, queries.tolist(), names, n=n)
+    folder = image_folder(model.cfg, valid_df)
+    return find_matches(model, image_embeddings, queries.tolist(), names, n=n, image_path=folder)
 
 
-def _draw_epoch(log, model, valid_df, step: int) -> None:
+def _draw_epoch(log, model, valid_df, image_embeddings, step: int) -> None:
     """The retrieval picture of this epoch, for TensorBoard."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from .retrieval.matches import draw
 
-    canvas = FigureCanvasAgg(draw(_sample_matches(model, valid_df), columns=5))
+    canvas = FigureCanvasAgg(draw(_sample_matches(model, valid_df, image_embeddings), columns=5))
     canvas.draw()
     log.board.add_image("retrieval", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
 
@@ -300,8 +311,8 @@ def _report_run(folder: Path, progress: Progress, valid_df) -> None:
     import json
 
     from .evaluation.retrieval import format_table
+    from .retrieval.embed import get_image_embeddings
     from .retrieval.matches import save_grid
-    from .training.checkpoint import load
 
     if not progress.best_epoch:
         print("no epoch was finished: nothing was measured")
@@ -309,7 +320,9 @@ def _report_run(folder: Path, progress: Progress, valid_df) -> None:
     metrics = json.loads((folder / "best" / "metrics.json").read_text())
     print(f"\nbest epoch: {progress.best_epoch}")
     print(format_table(metrics, "valid", valid_df["image_id"].nunique(), len(valid_df)))
-    results = _sample_matches(load(folder), valid_df)
+    firsts = valid_df.drop_duplicates("image")
+    model, image_embeddings = get_image_embeddings(firsts, folder)
+    results = _sample_matches(model, valid_df, image_embeddings)
     picture = save_grid(results, folder / "retrieval.png", columns=5)
     print(f"""
 three queries and the images found: {picture}

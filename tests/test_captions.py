@@ -399,7 +399,11 @@ def test_parquet_folder_and_set_columns(tmp_path, hub_records):
     cfg = CFG(captions_path="pq", image_path="out", image_column="pixels", caption_column="text")
     assert len(read_captions(cfg)) == 6
     assert image_folder(cfg) == Path("out")
-    refused("no column 'txt'. Did you mean text?", captions_path="pq", caption_column="txt")
+    refused("holds other files", captions_path="pq", image_path="source")
+    refused("no column 'txt'. Did you mean text?", captions_path="pq", image_path="out", caption_column="txt")
+    hub_records["train"].to_parquet(tmp_path / "pq/data/train-00000-of-00001.parquet")
+    (tmp_path / "pq/data/validation-00000-of-00001.parquet").unlink()
+    assert read_captions(CFG(captions_path="pq", image_path="out"))["image"].nunique() == 2
 
 
 def test_image_folder_with_metadata(tmp_path, hub_records):

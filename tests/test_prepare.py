@@ -204,7 +204,7 @@ def test_check_reads_the_scenes_that_prepare_draws(tmp_path, capsys):
     assert "60 images and 300 captions" in said and re.search(r"\([\d,]+ pairs per second\)", said)
     prepare.main(["check", "--captions-path", str(tmp_path / "scenes" / "captions.txt")])
     rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
-    assert [["train", "48", "240"], ["valid", "6", "30"], ["test", "6", "30"], ["all", "60", "300"]] == rows[1:5]
+    assert rows[1:5] == [["train", "48", "240"], ["valid", "6", "30"], ["test", "6", "30"], ["all", "60", "300"]]
 
 
 def test_check_stops_at_an_image_that_cannot_be_decoded(tmp_path):

@@ -167,7 +167,8 @@ SHAPE = "|".join(s for shape in scenes.SHAPES for s in words.SYNONYMS.get(shape,
 SIZE = "|".join(s for size in RADIUS for s in sorted(words.SYNONYMS[size], key=len, reverse=True))
 FILL = "|".join(s for fill in scenes.FILLS for s in words.SYNONYMS[fill])
 THING = re.compile(
-    rf"\ban? (?:(?P<size>{SIZE}) )?(?:(?P<fill>{FILL}) )?(?:(?P<colour>{COLOUR}) ?)?(?P<shape>{SHAPE}|shape)?\b(?! background)"
+    rf"\ban? (?:(?P<size>{SIZE}) )?(?:(?P<fill>{FILL}) )?(?:(?P<colour>{COLOUR}) ?)?(?P<shape>{SHAPE}|shape)?\b"
+    r"(?! background)"
 )
 LEFT, RIGHT = r"to the left of|left of|on the left side of", r"to the right of|right of|on the right side of"
 OVER, UNDER = r"above|over|higher up than", r"below|under|beneath"
@@ -205,7 +206,8 @@ def test_the_canonical_caption_is_the_scene():
         assert (things, pattern, tone) == (scene.things, scene.pattern, scene.tone)
         signs = {
             "left": "to the left of", "above": " above ", "inside": " inside ", "front": " in front of ",
-            "row": "from left to right", "column": "from top to bottom", "under": "below them both", "over": "above them both",
+            "row": "from left to right", "column": "from top to bottom",
+            "under": "below them both", "over": "above them both",
         }  # fmt: skip
         assert signs.get(scene.relation, words.PLACE_WORDS.get(scene.relation, [""])[0]) in caption
 
@@ -232,7 +234,11 @@ def test_relations_of_pairs_are_told_the_right_way_round(relation, forward, back
 def test_lines_of_three_are_told_in_order():
     told = 0
     for scene in SAMPLE:
-        way, back = {"row": ("from left to right", "from right to left"), "column": ("from top to bottom", "from bottom to top")}.get(scene.relation, ("", ""))  # fmt: skip
+        ways = {
+            "row": ("from left to right", "from right to left"),
+            "column": ("from top to bottom", "from bottom to top"),
+        }
+        way, back = ways.get(scene.relation, ("", ""))
         for caption in captions_of(scene) if way else ():
             things = scene.things if way in caption else scene.things[::-1] if back in caption else ()
             if things:

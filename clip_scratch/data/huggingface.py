@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..config import CFG
 
 CAPTIONS, SOURCE = "huggingface-captions.jsonl", "huggingface-source.json"
+OURS = ".written-by-clip_scratch"  # the mark of a folder that may be written anew
 IMAGE_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
 
@@ -39,16 +40,17 @@ def export(source: Path | str, cfg: CFG) -> Path:
         "modified": max(file.stat().st_mtime for file in [source, *source.rglob("*")]) if local else 0,
         "columns": [cfg.image_column, cfg.caption_column, cfg.label_column],
     }
-    if local and folder.exists() and folder.resolve() == source.resolve():
-        raise UserError(f"the images of {source} cannot be unpacked into itself. Set --image-path to another folder.")
     if _is_made_from(folder, made_from):
         return folder / CAPTIONS
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / OURS).exists():
+        raise UserError(f"{folder} holds other files, which the images of {source} could overwrite. Set --image-path.")
     # Before anything is written, so that a data set that cannot be had leaves no folder
     splits = _load(source)
     columns = {split: _columns(dataset, str(source), cfg) for split, dataset in splits.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder / ".lock"):  # the processes of a distributed run come here together
+        (folder / OURS).touch()
+        with filelock.FileLock(folder / f"{OURS}.lock"):  # the processes of a distributed run come here together
             if not _is_made_from(folder, made_from):
                 (folder / SOURCE).unlink(missing_ok=True)
                 _write(splits, columns, folder)

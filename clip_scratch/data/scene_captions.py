@@ -48,7 +48,8 @@ LINE_TEMPLATES = (
 GROUP_TEMPLATES = (
     "{c} {V} {a} on the left and {b} on the right", "{a} on the left and {b} on the right, with {c} {V} both",
     "{b} to the right of {a}, and {c} {V} both of them", "{a} with {b} to its right, both {W} {c}",
-    "at the {up} left {a}, at the {up} right {b}, and at the {down} {c}", "on {bg}, {a} and, to its right, {b} are {W} {c}",
+    "at the {up} left {a}, at the {up} right {b}, and at the {down} {c}",
+    "on {bg}, {a} and, to its right, {b} are {W} {c}",
     "{c} at the {down}, {a} at the {up} left and {b} at the {up} right",
     "there is {c} {V} a pair of shapes: {a} on the left, {b} on the right",
 )  # fmt: skip
@@ -76,7 +77,8 @@ PLACE_WORDS = {
     "top left": ("in the top left corner", "at the top left"), "top": ("at the top", "near the top edge"),
     "top right": ("in the top right corner", "at the top right"), "left side": ("on the left", "near the left edge"),
     "center": ("in the center", "in the middle"), "right side": ("on the right", "near the right edge"),
-    "bottom left": ("in the bottom left corner", "at the bottom left"), "bottom": ("at the bottom", "near the bottom edge"),
+    "bottom left": ("in the bottom left corner", "at the bottom left"),
+    "bottom": ("at the bottom", "near the bottom edge"),
     "bottom right": ("in the bottom right corner", "at the bottom right"),
 }  # fmt: skip
 
@@ -117,7 +119,8 @@ def _thing(thing: Thing, scene: Scene, rng: random.Random, style: str) -> str:
     """'a big striped red circle', or less.
 
     canonical: every attribute, by its plain word; free: colour, shape and often the rest, by any synonym; short:
-    colour and shape; both keep what tells it from another thing of the same colour and shape. colour, shape: that alone.
+    colour and shape; both keep what tells it from another thing of the same colour and shape. colour, shape: that
+    alone.
     """
     if style == "canonical":
         return _with_article([thing.size, thing.fill, thing.colour, thing.shape])

@@ -105,7 +105,7 @@ def _outlines() -> dict[str, np.ndarray]:
         "cross": np.array(cross),
         "diamond": np.array([(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)]),
         "hexagon": _arc(0, 300, 6) * 1.0,
-        "crescent": moon + (0.12, 0),
+        "crescent": moon + np.array([0.12, 0]),
         "flower": circle * (0.5 + 0.54 * np.abs(np.cos(np.radians(np.linspace(0, 360, 72)) * 2.5)) ** 0.6)[:, None],
     }
 

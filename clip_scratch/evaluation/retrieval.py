@@ -71,5 +71,5 @@ def format_table(metrics: dict[str, float], split: str, n_images: int, n_caption
     ]
     for name, kind in (("image to text", "text"), ("text to image", "image")):
         recalls = "".join(f"{100 * metrics[f'{kind}_retrieval_recall@{k}']:>8.1f}" for k in ks)
-        lines.append(f"{name:<16}{recalls}{metrics[f'{kind}_median_rank']:>14.0f}")
+        lines.append(f"{name:<16}{recalls}{metrics[f'{kind}_median_rank']:>14g}")
     return "\n".join([*lines, f"rsum {metrics['rsum']:.1f}"])

@@ -99,7 +99,7 @@ class CLIPModel(nn.Module):
     @property
     def logit_scale(self) -> torch.Tensor:
         """What multiplies a cosine to make a logit: 1 / temperature, at most 100."""
-        return self.log_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
+        return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +110,7 @@ class CLIPModel(nn.Module):
         return image_transform(self.cfg, train)
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) pixels -> (B, P) L2-normalised. uint8 pixels are normalised here, floats are taken as they are."""
+        """(B, 3, S, S) pixels -> (B, P) L2-normalised. uint8 pixels are normalised here, floats taken as they are."""
         if pixels.dtype == torch.uint8:
             pixels = (pixels - self.mean) / self.std
         if self.cfg.channels_last:
@@ -137,6 +137,6 @@ class CLIPModel(nn.Module):
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """A loader's batch -> image embeddings (B, P) and text embeddings (C, P)."""
-        if self.training:  # beyond its clamp the scale would have no gradient, and never come back
-            self.log_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        if self.training:  # at its clamp or beyond the scale has no gradient, and would never come back
+            self.log_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE) - 1e-6)
         return self.encode_image(batch["pixels"]), self.encode_text(batch["input_ids"], batch["attention_mask"])

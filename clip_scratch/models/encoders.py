@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ class ImageEncoder(Tower):
 
         blocks = group_parameters(self.model, self.model.group_matcher(coarse=True))  # number -> names; the stem is 0
         if n >= max(blocks):
-            raise UserError(f"image_frozen_blocks {n} leaves nothing to train: the image tower has {max(blocks)} blocks")
+            raise UserError(f"image_frozen_blocks {n}: the image tower has {max(blocks)} blocks, and one must train")
         trained = {name for number, names in blocks.items() if number > n for name in names}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -112,18 +113,17 @@ class ImageEncoder(Tower):
         for child in self.model.children():
             for unit in child if isinstance(child, nn.Sequential) else [child]:
                 if any(p.requires_grad for p in unit.parameters()):
-                    unit.forward = _in_fp32(unit.forward)
+                    # a bound method, so that a deep copy of the tower (the averaged model) calls its own weights
+                    unit.forward = types.MethodType(_forward_in_fp32, unit)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model(pixels)  # (B, 3, S, S) -> (B, D)
 
 
-def _in_fp32(forward):
-    def in_fp32(x: torch.Tensor, *more: object, **named: object) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return forward(x.float(), *more, **named)
-
-    return in_fp32
+def _forward_in_fp32(self: nn.Module, x: torch.Tensor, *more: object, **named: object) -> torch.Tensor:
+    """The module's own forward, out of autocast's reach."""
+    with torch.autocast(x.device.type, enabled=False):
+        return type(self).forward(self, x.float(), *more, **named)
 
 
 class TextEncoder(Tower):

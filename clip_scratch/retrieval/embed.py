@@ -76,6 +76,6 @@ def get_image_embeddings(valid_df: pd.DataFrame, model_path: str | Path) -> tupl
     """
     model = load(model_path)
     numbers, names = pd.factorize(valid_df["image"])
-    folder = image_folder(model.cfg)
+    folder = image_folder(model.cfg, valid_df)
     embeddings = encode_image(model, [folder / name for name in names], progress=True)
     return model, embeddings[torch.from_numpy(numbers)]

@@ -57,11 +57,10 @@ def draw(results: Sequence[Matches], columns: int):
     parts = figure.subfigures(len(results), 1, height_ratios=[2.2 * n + 0.5 for n in lines], squeeze=False)[:, 0]
     for result, n, part in zip(results, lines, parts, strict=True):
         part.suptitle("\n".join(textwrap.wrap(result.query, 24 * columns)), fontsize=11, fontweight="bold")
-        for axis, match in zip(part.subplots(n, columns, squeeze=False).flat, [*result, *[None] * (n * columns)], strict=False):  # fmt: skip
+        axes = part.subplots(n, columns, squeeze=False).ravel()
+        for axis in axes:
             axis.set_axis_off()
-            if match is None:
-                continue
-            name, score = match
+        for axis, (name, score) in zip(axes, result, strict=False):
             axis.set_title(f"{score:.3f}", fontsize=9)
             path = result.folder / name
             if path.is_file():

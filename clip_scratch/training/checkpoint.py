@@ -1,10 +1,10 @@
 """Save, load, resume. A run killed at any instant leaves only whole files behind.
 
-    runs/x/config.json      the settings
-    runs/x/metrics.jsonl    a line per epoch
-    runs/x/best/            model.safetensors (weights; epoch, metrics and git commit in its header), config.json,
-                            text_config.json, metrics.json and the tokenizer's files: all that `load` needs
-    runs/x/last/training.pt weights, optimiser, schedule, random states and progress: all that a resume needs
+runs/x/config.json      the settings
+runs/x/metrics.jsonl    a line per epoch
+runs/x/best/            model.safetensors (weights; epoch, metrics and git commit in its header), config.json,
+                        text_config.json, metrics.json and the tokenizer's files: all that `load` needs
+runs/x/last/training.pt weights, optimiser, schedule, random states and progress: all that a resume needs
 """
 
 from __future__ import annotations

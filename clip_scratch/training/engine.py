@@ -48,7 +48,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def loss_of(model: nn.Module, batch: Batch, cfg: CFG) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training loss of a batch, and its image embeddings (B, P). The towers run in `precision`, the loss in fp32."""
+    """The loss of a batch, and its image embeddings (B, P). The towers run in `precision`, the loss in fp32."""
     with autocast(cfg, model.device):
         image_embeddings, text_embeddings = model(batch)  # (B, P), (C, P)
     loss = LOSSES[cfg.loss]

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 
 from ..config import CFG
 from ..errors import UserError
@@ -41,7 +42,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int) -> LambdaLR | ReduceLROnPlateau:
-    """"plateau": lower the rates when the validation rsum stalls. "cosine": warm up linearly, then fall to zero.
+    """ "plateau": lower the rates when the validation rsum stalls. "cosine": warm up linearly, then fall to zero.
 
     A plateau scheduler steps once an epoch with the rsum; a cosine one once an optimiser step.
     """
@@ -55,3 +56,19 @@ def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return LambdaLR(optimizer, multiplier)
+
+
+def build_average(model: nn.Module, cfg: CFG) -> AveragedModel | None:
+    """The exponential moving average of the weights at decay `ema`; None for 0.
+
+    The decay grows from 0.1 to `ema` over the first steps, so that random heads are forgotten at once.
+    """
+    if not cfg.ema:
+        return None
+
+    def blend(averages: list[torch.Tensor], weights: list[torch.Tensor], n: torch.Tensor | int) -> None:
+        decay = min(cfg.ema, (1 + int(n)) / (10 + int(n)))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    # Only parameters are averaged; buffers (batch-norm statistics) are averages already and are copied.
+    return AveragedModel(model, multi_avg_fn=blend)
