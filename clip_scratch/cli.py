@@ -17,18 +17,19 @@ def resumed(cfg: CFG, defaults: CFG | type[CFG] = CFG) -> CFG:
     """The settings of the run `cfg.resume`, with what `cfg` may change of them.
 
     A setting that `cfg` leaves as it is in `defaults` is the run's own. Raises UserError for one that a resume
-    cannot change, and for a folder that is no run.
+    cannot change, and for a folder that is no run. What comes out may go in again.
     """
     from .training.checkpoint import run_config
 
     settings = dataclasses.asdict(run_config(cfg.resume))
+    complete = cfg.run_dir == cfg.resume  # as this function leaves it: nothing is left to a default
     for name, was in settings.items():
         wanted = getattr(cfg, name)
         if name in _FREE_ON_RESUME:
-            settings[name] = wanted
+            settings[name] = wanted if complete or wanted != getattr(defaults, name) else was
         elif wanted not in (was, getattr(defaults, name)):
             raise UserError(f"{cfg.resume} was trained with {name}={was!r}; a resume cannot make it {wanted!r}")
-    return CFG(**settings | {"run_dir": cfg.resume})
+    return CFG(**settings | {"run_dir": cfg.resume, "resume": cfg.resume})
 
 
 def parse(arguments: Sequence[str]) -> CFG:
@@ -40,7 +41,8 @@ def parse(arguments: Sequence[str]) -> CFG:
     import tyro
 
     words = list(arguments)
-    preset = CFG if any(word.split("=")[0] in ("--captions-path", "--resume") for word in words) else PRESETS["scenes"]
+    given = {word.partition("=")[0].replace("_", "-") for word in words}  # tyro takes --captions_path as well
+    preset = CFG if given & {"--captions-path", "--resume"} else PRESETS["scenes"]
     if words and not words[0].startswith("-"):
         name = words.pop(0)
         if name not in PRESETS:

@@ -67,6 +67,8 @@ def main(arguments: Arguments) -> None:
     target = Path(arguments.json) if arguments.json else None
     if target and not target.parent.is_dir():
         raise UserError(f"--json {target}: there is no folder {target.parent}")
+    if target and target.is_dir():
+        raise UserError(f"--json {target} is a folder: name a file in it")
     device = pick_device(CFG(device=arguments.device))
     result = evaluate(arguments.run, arguments.split, arguments.captions_path, arguments.image_path, str(device))
     print(format_table(result, result["split"], result["n_images"], result["n_captions"]))

@@ -24,9 +24,13 @@ def _check_run_folder(cfg: CFG) -> Path:
     folder = Path(cfg.run_dir)
     if cfg.resume:
         return folder
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: go on with --resume {folder}, or choose another --run-dir")
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    try:
+        # A run that was killed while its folder was made has these two alone, and begins anew
+        if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {"best", "last"}:
+            raise UserError(f"{folder} is not empty: go on with --resume {folder}, or choose another --run-dir")
+        parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    except OSError as error:  # a folder above it is closed, or the name is too long
+        raise UserError(f"the run folder {folder} cannot be made: {error.strerror}") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"the run folder {folder} cannot be made: {parent} cannot be written to")
     return folder
@@ -71,9 +75,10 @@ class Progress:
 class _Interrupt:
     """Ctrl-C and SIGTERM ask to stop at the next step; a second one stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.asked = False
         self.before = {}
+        self.advice = f"go on with: python -m clip_scratch.train --resume {folder}"
 
     def __enter__(self) -> _Interrupt:
         try:
@@ -85,13 +90,13 @@ class _Interrupt:
 
     def _ask(self, number, frame) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self.advice)
         self.asked = True
 
-    def stop_if_asked(self, folder: Path) -> None:
+    def stop_if_asked(self) -> None:
         """Stop here, where the last checkpoint is whole and up to date."""
         if self.asked:
-            raise KeyboardInterrupt(f"go on with: python -m clip_scratch.train --resume {folder}")
+            raise KeyboardInterrupt(self.advice)
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
@@ -161,10 +166,15 @@ def main(cfg: CFG | type[CFG]) -> Path:
         checkpoint.save_last(folder / "last", states | extra)
 
     # 3. The run folder: made when all that can be refused has been, or picked up where it was left
+    checkpoint.remove_unfinished(folder)
     if cfg.resume:
         state = checkpoint.load_last(folder / "last")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder / 'last'} does not fit the settings of {folder}: {reason}") from error
         progress = Progress(**state["progress"])
         checkpoint.restore_random_states(state["random"])
         print(f"resuming {folder} at epoch {progress.epoch + 1}, step {progress.step}")
@@ -172,16 +182,17 @@ def main(cfg: CFG | type[CFG]) -> Path:
         progress.start_rsum = valid_epoch(measured, valid_loader, cfg)["rsum"]
         try:
             checkpoint.prepare_best(folder / "best", model, cfg)
-            checkpoint.write_json(folder / checkpoint.SETTINGS, dataclasses.asdict(cfg))
+            save_last()
+            checkpoint.write_json(folder / checkpoint.SETTINGS, dataclasses.asdict(cfg))  # last: now it is a run
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error}") from error
-        save_last()
     log = RunLog(folder, progress.epoch, progress.step)
     print(f"run folder: {folder}\nrsum before training: {progress.start_rsum:.1f}")
 
     # 4. Train, measure, keep the best
-    with _Interrupt() as interrupt:
-        while progress.epoch < cfg.epochs and progress.step < total_steps:
+    with _Interrupt(folder) as interrupt:
+        # An epoch that stopped after its last step is still to be measured
+        while progress.epoch < cfg.epochs and (progress.step < total_steps or progress.batch):
             if cfg.early_stopping and progress.stale >= cfg.early_stopping:
                 print(f"no better rsum in {progress.stale} epochs: stopped early")
                 break
@@ -192,7 +203,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 _show(bar, progress, step, model)
                 if interrupt.asked or progress.step % cfg.checkpoint_steps == 0:
                     save_last()
-                interrupt.stop_if_asked(folder)
+                interrupt.stop_if_asked()
 
             train_loader.start(progress.epoch, progress.batch, progress.batch + total_steps - progress.step)
             try:
@@ -219,7 +230,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 checkpoint.save_best(folder / "best", measured, progress.epoch, metrics)
             log.epoch(line, progress.step)
             save_last()
-            interrupt.stop_if_asked(folder)
+            interrupt.stop_if_asked()
             _draw_epoch(log, measured, valid_df, embeddings[0], progress.step)
             _report_epoch(line, progress, cfg, chance)
     log.close()
@@ -309,6 +320,7 @@ def _draw_epoch(log, model, valid_df, image_embeddings, step: int) -> None:
 def _report_run(folder: Path, progress: Progress, valid_df) -> None:
     """The recall table of the best epoch, the picture of three queries, and what to type next."""
     import json
+    import shlex
 
     from .evaluation.retrieval import format_table
     from .retrieval.embed import get_image_embeddings
@@ -326,7 +338,7 @@ def _report_run(folder: Path, progress: Progress, valid_df) -> None:
     picture = save_grid(results, folder / "retrieval.png", columns=5)
     print(f"""
 three queries and the images found: {picture}
-search with the model:              python -m clip_scratch.search {folder} "{results[0].query}"
+search with the model:              python -m clip_scratch.search {folder} {shlex.quote(results[0].query)}
 measure it again:                   python -m clip_scratch.evaluate {folder}
 train on Flickr8k:                  python -m clip_scratch.prepare flickr8k && python -m clip_scratch.train flickr8k""")
 

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
 def _two_threads():
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(2, int(os.environ["OMP_NUM_THREADS"])))
 
 
 @pytest.fixture
@@ -119,3 +119,18 @@ def tiny_tokenizer(_trained_tokenizer):
     import copy
 
     return copy.deepcopy(_trained_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def scene_run(tmp_path_factory):
+    """A finished run on 120 built-in scenes: `.folder` of the run, and `.cwd`, where its data lie."""
+    from clip_scratch.config import PRESETS
+    from clip_scratch.train import main
+
+    cwd = tmp_path_factory.mktemp("scenes")
+    settings = {"size": 32, "model_name": "test_resnet", "text_encoder_model": "bert-tiny", "n_scenes": 120}
+    settings |= {"batch_size": 16, "epochs": 4, "warmup_steps": 4, "max_length": 32, "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        folder = main(PRESETS["scenes"](**settings, run_dir="runs/scenes"))
+    return SimpleNamespace(folder=cwd / folder, cwd=cwd)

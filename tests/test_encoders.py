@@ -54,7 +54,7 @@ def model(tiny_cfg, tiny_tokenizer):
 @pytest.fixture
 def batch(tiny_tokenizer):
     encoded = tiny_tokenizer(
-        ["a red square", "blue", "a picture of a yellow box", "green"], padding=True, return_tensors="pt"
+        ["a red square on grey", "a picture of a yellow box", "blue", "green box"], padding=True, return_tensors="pt"
     )
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     return {"pixels": pixels, "input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
@@ -281,6 +281,43 @@ def test_trainable_is_a_setting_of_each_tower(tiny_cfg, tiny_tokenizer, settings
     assert model.log_scale.requires_grad
 
 
+def test_the_first_blocks_can_stay_as_they_are():
+    encoder = ImageEncoder(TINY, pretrained=False, frozen_blocks=1).train()
+    trains = {name for name, p in encoder.model.named_parameters() if p.requires_grad}
+    assert trains and all(name.startswith(("layer2", "layer3", "layer4")) for name in trains)
+    before = copy.deepcopy(encoder.state_dict())
+    encoder(torch.randn(4, 3, 32, 32)).sum()
+    moved = {name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.startswith(("model.layer2", "model.layer3", "model.layer4")) for name in moved)
+    with pytest.raises(UserError, match="image_frozen_blocks 99 leaves nothing to train"):
+        ImageEncoder(TINY, pretrained=False, frozen_blocks=99)
+
+
+def test_batch_norm_statistics_can_stay_while_the_weights_learn():
+    encoder = ImageEncoder(TINY, pretrained=False, freeze_batch_norm=True).train()
+    before = copy.deepcopy(encoder.state_dict())
+    encoder(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_the_part_that_trains_computes_in_fp32_and_a_copy_is_its_own():
+    encoder = ImageEncoder(TINY, pretrained=False, frozen_blocks=1).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        full = encoder(x)
+        encoder.compute_trained_part_in_fp32()
+        torch.testing.assert_close(encoder(x), full)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert encoder(x).dtype == torch.float32
+            assert not torch.equal(encoder(x), full)  # the frozen blocks are in bf16
+    twin = copy.deepcopy(encoder)  # as an average of the weights is
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(0 if p.requires_grad else 1)
+    assert twin(x).abs().max() == 0 and torch.equal(encoder(x), full)
+
+
 # ---- the model
 
 
@@ -304,6 +341,14 @@ def test_embeddings_are_normalised(model, batch):
             torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4))
     assert torch.equal(images, model.encode_image(batch["pixels"]))
     assert torch.equal(texts, model.encode_text(batch["input_ids"], batch["attention_mask"]))
+
+
+def test_captions_in_chunks_of_like_length(model, batch, monkeypatch):
+    whole = model.eval().encode_text(batch["input_ids"], batch["attention_mask"])
+    for chunk in (1, 2, 3):
+        monkeypatch.setattr("clip_scratch.models.clip._CHUNK", chunk)
+        parts = model.encode_text(batch["input_ids"], batch["attention_mask"])
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
 
 
 def test_bytes_are_normalised_and_floats_taken_as_they_are(model, batch):

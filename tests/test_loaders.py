@@ -114,10 +114,10 @@ def test_a_batch_larger_than_the_set_is_the_set(make):
 
 
 @pytest.mark.parametrize("per_image", [1, 2, 3])
-def test_every_caption_is_seen_within_five_epochs(make, tiny_data, per_image):
+def test_every_caption_is_seen_as_soon_as_can_be(make, tiny_data, per_image):
     loader = make(batch_size=26, captions_per_image=per_image)
     seen = set()
-    for epoch in range(5):
+    for epoch in range(-(-5 // per_image)):  # no image has more than five
         for batch in loader.start(epoch):
             pairs = list(zip(batch["caption_image_ids"].tolist(), batch["caption_ids"].tolist(), strict=True))
             assert len(pairs) == len(set(pairs))

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..data.captions import image_folder
 from ..data.images import load_image
@@ -24,10 +24,11 @@ ImageLike = str | Path | Image.Image | np.ndarray
 
 def _pixels(image: ImageLike, transform) -> torch.Tensor:
     try:
-        return transform(image=load_image(image))["image"]
-    except (OSError, ValueError, SyntaxError) as error:
+        array = load_image(image)
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
         name = image if isinstance(image, str | Path) else "an image"
         raise UserError(f"{name} cannot be read as an image: {error}") from error
+    return transform(image=array)["image"]
 
 
 @torch.inference_mode()

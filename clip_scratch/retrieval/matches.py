@@ -56,17 +56,19 @@ def draw(results: Sequence[Matches], columns: int):
     figure = Figure(figsize=(2.2 * columns, sum(2.2 * n + 0.5 for n in lines)), dpi=100, layout="constrained")
     parts = figure.subfigures(len(results), 1, height_ratios=[2.2 * n + 0.5 for n in lines], squeeze=False)[:, 0]
     for result, n, part in zip(results, lines, parts, strict=True):
-        part.suptitle("\n".join(textwrap.wrap(result.query, 24 * columns)), fontsize=11, fontweight="bold")
+        words = "\n".join(textwrap.wrap(result.query, 24 * columns))
+        part.suptitle(words, fontsize=11, fontweight="bold", parse_math=False)  # a price in dollars is no formula
         axes = part.subplots(n, columns, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
         for axis, (name, score) in zip(axes, result, strict=False):
             axis.set_title(f"{score:.3f}", fontsize=9)
-            path = result.folder / name
-            if path.is_file():
-                axis.imshow(load_image(path), aspect="equal")
-            else:
-                axis.text(0.5, 0.5, f"{name}\n(file is gone)", ha="center", va="center", fontsize=8)
+            try:
+                axis.imshow(load_image(result.folder / name), aspect="equal")
+            except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
+                fault = "file is gone" if isinstance(error, FileNotFoundError) else "cannot be read"
+                text = f"{name}\n({fault})"
+                axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, wrap=True, parse_math=False)
     return figure
 
 
@@ -116,8 +118,8 @@ def find_matches(
     folder = Path(image_path) if image_path else image_folder(model.cfg)
     scores = encode_text(model, queries) @ torch.as_tensor(image_embeddings).float().cpu().T  # (queries, N)
     results = [Matches(q, _best(row, image_filenames, n), folder) for q, row in zip(queries, scores, strict=True)]
-    if save:
-        save_grid(results, save, columns=max(1, int(np.ceil(np.sqrt(n)))))
+    if save and results:
+        save_grid(results, save, columns=max(1, int(np.ceil(np.sqrt(len(results[0]))))))
     return results[0] if isinstance(query, str) else results
 
 
@@ -126,8 +128,14 @@ def find_captions(
 ) -> list[tuple[str, float]]:
     """The n distinct captions that fit an image best, as (caption, cosine score), best first.
 
-    `text_embeddings` (C, P) of the captions are computed where they are not given.
+    `text_embeddings` (C, P) of the captions are computed where they are not given. Raises UserError where the
+    lengths differ or n is below 1.
     """
+    if n < 1:
+        raise UserError(f"n is at least 1, not {n}")
     if text_embeddings is None:
         text_embeddings = encode_text(model, captions)
-    return _best((encode_image(model, image) @ text_embeddings.T)[0], captions, n)
+    if len(text_embeddings) != len(captions):
+        raise UserError(f"{len(text_embeddings)} text_embeddings, but {len(captions)} captions")
+    scores = encode_image(model, image) @ torch.as_tensor(text_embeddings).float().cpu().T  # (1, C)
+    return _best(scores[0], captions, n)

@@ -44,6 +44,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(folder)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Delete the temporary files that a killed process left anywhere in a run folder."""
+    for temporary in folder.rglob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: object) -> None:
     """`content` as indented JSON, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
@@ -80,9 +86,12 @@ def run_config(folder: str | Path) -> CFG:
     path = Path(folder) / SETTINGS
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: there is no {path}")
-    saved = json.loads(path.read_text())
     known = {field.name for field in dataclasses.fields(CFG)}
-    return CFG(**{name: value for name, value in saved.items() if name in known})
+    try:
+        saved = json.loads(path.read_text())
+        return CFG(**{name: value for name, value in saved.items() if name in known})
+    except (ValueError, AttributeError, UserError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def bare_model(best: Path) -> CLIPModel:
@@ -96,7 +105,7 @@ def bare_model(best: Path) -> CLIPModel:
     try:
         text_config = AutoConfig.for_model(**json.loads((best / TEXT_SETTINGS).read_text()))
         tokenizer = AutoTokenizer.from_pretrained(best, config=text_config, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{best} is damaged: {str(error).splitlines()[0]}") from error
     bare = dataclasses.replace(cfg, pretrained=False, image_weights="", text_tokenizer="")
     model = CLIPModel(bare, tokenizer, text_config)
@@ -148,9 +157,13 @@ def save_last(folder: Path, state: dict[str, object]) -> None:
 
 
 def load_last(folder: Path) -> dict:
-    """What `save_last` wrote. Raises UserError where there is nothing to resume from."""
+    """What `save_last` wrote. Raises UserError where there is nothing to resume from, or the file is damaged."""
     path = folder / STATE
     if not path.is_file():
         raise UserError(f"nothing to resume: there is no {path}")
-    # Our own file, with numpy and Python random states in it, which weights_only would refuse
-    return torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        # Our own file, with numpy and Python random states in it, which weights_only would refuse
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # pickle and zip each have their own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged ({reason}); {folder.parent / 'best'} may still be loaded") from error

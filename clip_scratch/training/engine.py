@@ -72,7 +72,8 @@ def train_epoch(
     """One pass over `loader`'s batches: forward, loss, backward, clip, step.
 
     `average` is an exponential moving average of the model to update, if any. `on_step` sees every step and
-    may raise to stop between two steps. Raises UserError at a non-finite loss, before it reaches the weights.
+    may raise to stop between two steps. Raises UserError at a non-finite loss or gradient, before it reaches
+    the weights.
     """
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -82,17 +83,17 @@ def train_epoch(
         loss, image_embeddings = loss_of(model, batch, cfg)
         value = loss.item()
         if not math.isfinite(value):
-            names = ", ".join(batch["names"][:8]) + (", ..." if len(batch["names"]) > 8 else "")
-            raise UserError(f"the loss is {value} at step {number} of this epoch; the batch's images: {names}")
+            raise _not_finite("loss", value, number, batch)
         optimizer.zero_grad(set_to_none=True)
         if scaler is None:
             loss.backward()
         else:
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
         if scaler is None:
+            if not math.isfinite(norm.item()):  # a finite loss may have such a gradient; a scaler skips the step
+                raise _not_finite("gradient's norm", norm.item(), number, batch)
             optimizer.step()
         else:
             scaler.step(optimizer)
@@ -105,6 +106,11 @@ def train_epoch(
         images, captions = len(batch["pixels"]), len(batch["input_ids"])
         on_step(Step(number, value, images, captions, now - began, _spread(image_embeddings)))
         began = time.perf_counter()
+
+
+def _not_finite(what: str, value: float, number: int, batch: Batch) -> UserError:
+    names = ", ".join(batch["names"][:8]) + (", ..." if len(batch["names"]) > 8 else "")
+    return UserError(f"the {what} is {value} at step {number} of this epoch; the batch's images: {names}")
 
 
 def _spread(embeddings: torch.Tensor) -> float:

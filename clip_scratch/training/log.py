@@ -18,7 +18,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         self.lines = [line for line in lines if json.loads(line)["epoch"] <= epochs_done]
-        self.board = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+        self.board = SummaryWriter(str(folder), purge_step=steps_done + 1)
 
     def epoch(self, line: dict[str, object], step: int) -> None:
         """Append a line to metrics.jsonl, atomically, and its numbers to TensorBoard at optimiser step `step`."""

@@ -36,9 +36,9 @@ def build_optimizer(model: nn.Module, cfg: CFG) -> torch.optim.AdamW:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The present rate of each part: image_encoder_lr, text_encoder_lr, head_lr."""
+    """The present rate of each part: image_encoder_lr, text_encoder_lr, head_lr. A frozen tower's is 0."""
     names = {"image": "image_encoder_lr", "text": "text_encoder_lr", "head": "head_lr"}
-    return {names[group["part"]]: group["lr"] for group in optimizer.param_groups}
+    return dict.fromkeys(names.values(), 0.0) | {names[group["part"]]: group["lr"] for group in optimizer.param_groups}
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int) -> LambdaLR | ReduceLROnPlateau:

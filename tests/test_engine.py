@@ -1,0 +1,367 @@
+"""The loop itself: one step by hand, what trains and what does not, rates and schedules, precision, warnings."""
+
+import copy
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from clip_scratch.data.loaders import build_loaders
+from clip_scratch.errors import UserError
+from clip_scratch.models.clip import CLIPModel
+from clip_scratch.training.engine import _spread, autocast, embed, loss_of, train_epoch, valid_epoch
+from clip_scratch.training.log import RunLog, chance_loss, warnings_for
+from clip_scratch.training.losses import LOSSES
+from clip_scratch.training.optimizer import build_optimizer, build_scheduler, learning_rates
+
+RATES = {"image_encoder_lr": 2e-3, "text_encoder_lr": 3e-3, "head_lr": 4e-3}
+
+
+@pytest.fixture
+def setup(tiny_cfg, tiny_data, tiny_tokenizer):
+    """Make (model, training loader, validation loader, cfg) of settings; 2 steps an epoch."""
+
+    def make(**settings):
+        cfg = dataclasses.replace(tiny_cfg, **RATES | settings)
+        torch.manual_seed(0)
+        model = CLIPModel(cfg, tiny_tokenizer)
+        train, valid = (tiny_data.table[tiny_data.table["split"] == name] for name in ("train", "valid"))
+        loaders = (
+            build_loaders(train, model.tokenizer, "train", cfg),
+            build_loaders(valid, model.tokenizer, "valid", cfg),
+        )
+        return model, *loaders, cfg
+
+    return make
+
+
+def state_of(module):
+    return copy.deepcopy(module.state_dict())
+
+
+def moved(module, before):
+    """The names in the module's state that differ from before."""
+    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+# ---- a step
+
+
+def test_an_epoch_reports_each_step(setup):
+    model, loader, _, cfg = setup(captions_per_image=2)
+    steps = []
+    train_epoch(model, loader, build_optimizer(model, cfg), cfg, on_step=steps.append)
+    assert [step.number for step in steps] == [1, 2]
+    assert all(step.images == 8 and 8 <= step.captions <= 16 and step.seconds > 0 for step in steps)
+    assert all(math.isfinite(step.loss) and -1 <= step.spread <= 1 for step in steps)
+    assert model.training
+    rest = []
+    train_epoch(model, loader.start(0, 1), build_optimizer(model, cfg), cfg, on_step=rest.append)
+    assert [step.number for step in rest] == [2]
+
+
+def test_a_step_is_adamw_on_the_clipped_gradient(setup):
+    """The slow way: the same batch, the gradient, its norm, PyTorch's own AdamW one group at a time."""
+    model, loader, _, cfg = setup(dropout=0.0, grad_clip=0.1, weight_decay=0.1, precision="fp32")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    twin = copy.deepcopy(model).train()
+    loader.start(0, 0, 1)
+    train_epoch(model, loader, build_optimizer(model, cfg), cfg)
+    loss, _ = loss_of(twin, next(iter(loader.start(0, 0, 1))), cfg)
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in twin.parameters()))
+    assert norm > cfg.grad_clip
+    for name, parameter in twin.named_parameters():
+        parameter.grad *= cfg.grad_clip / (norm + 1e-6)
+        part = name.partition(".")[0]
+        rate = RATES.get(f"{part}_lr", RATES["head_lr"])
+        torch.optim.AdamW([parameter], lr=rate, weight_decay=0.1 if parameter.ndim >= 2 else 0.0).step()
+    wanted = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, wanted[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-6])
+def test_clipping_bounds_the_gradient(setup, clip):
+    model, loader, _, cfg = setup(grad_clip=clip)
+    seen = []
+    optimizer = build_optimizer(model, cfg)
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.sqrt(sum((p.grad**2).sum() for p in model.parameters())).item())
+    )
+    train_epoch(model, loader, optimizer, cfg)
+    assert all(norm <= 1.01e-6 for norm in seen) if clip else all(norm > 1e-3 for norm in seen)
+
+
+def test_the_average_is_the_one_by_hand(setup):
+    model, loader, _, cfg = setup(ema=0.75)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+    wanted = []
+
+    def by_hand(_):
+        now = {name: tensor.double() for name, tensor in state_of(model).items()}
+        before = wanted[-1] if wanted else now
+        wanted.append({name: 0.75 * before[name] + 0.25 * now[name] for name in now})
+
+    optimizer = build_optimizer(model, cfg)
+    for epoch in range(2):
+        train_epoch(model, loader.start(epoch), optimizer, cfg, average=average, on_step=by_hand)
+    assert len(wanted) == 4
+    for name, tensor in average.module.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor.double(), wanted[-1][name], atol=1e-5, rtol=1e-4)
+    assert moved(average.module, model.state_dict())
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid", "soft_target"])
+@pytest.mark.parametrize("captions", [0, 1, 2])
+def test_every_loss_trains(setup, loss, captions):
+    model, loader, _, cfg = setup(loss=loss, captions_per_image=captions, dropout=0.0)
+    before, optimizer, losses = state_of(model), build_optimizer(model, cfg), []
+    for epoch in range(6):
+        train_epoch(model, loader.start(epoch), optimizer, cfg, on_step=lambda step: losses.append(step.loss))
+    assert sum(losses[-3:]) < sum(losses[:3])
+    names = moved(model, before)
+    assert ("log_scale" in names) == (loss != "soft_target")
+    assert ("logit_bias" in names) == (loss == "sigmoid")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_never_reaches_the_weights(setup, monkeypatch, what):
+    model, loader, _, cfg = setup(grad_clip=0.0)
+    real = LOSSES["infonce"]
+
+    def broken(images, *rest):
+        if what == "loss":
+            return real(images, *rest) / 0.0
+        return real(images, *rest) + (images.sum() * 0).sqrt()  # 0, with an infinite slope times 0
+
+    monkeypatch.setitem(LOSSES, "infonce", broken)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    names = next(iter(loader))["names"]
+    says = "the loss is inf at step 1" if what == "loss" else "the gradient's norm is nan at step 1"
+    with pytest.raises(UserError, match=says) as stop:
+        train_epoch(model, loader, build_optimizer(model, cfg), cfg)
+    assert all(name in str(stop.value) for name in names)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# ---- what trains
+
+
+@pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [
+        ({"image_trainable": False}, ["image_encoder"]),
+        ({"text_trainable": False}, ["text_encoder"]),
+        ({"trainable": False}, ["image_encoder", "text_encoder"]),
+    ],
+)
+def test_a_frozen_tower_does_not_move(setup, settings, frozen):
+    model, loader, _, cfg = setup(**settings)
+    before = state_of(model)
+    optimizer = build_optimizer(model, cfg)
+    train_epoch(model, loader, optimizer, cfg)
+    names = moved(model, before)
+    assert not [name for name in names if name.split(".")[0] in frozen]  # batch-norm statistics are in it too
+    parts = {name.split(".")[0] for name in names}
+    assert parts == {"image_encoder", "text_encoder", "image_projection", "text_projection", "log_scale"} - {*frozen}
+    rates = learning_rates(optimizer)
+    assert rates == {name: 0.0 if name.removesuffix("_lr") in frozen else rate for name, rate in RATES.items()}
+
+
+def test_frozen_blocks_and_batch_norms(setup):
+    model, loader, _, cfg = setup(image_frozen_blocks=1, freeze_batch_norm=True)
+    before = state_of(model.image_encoder)
+    trained = {name for name, p in model.image_encoder.named_parameters() if p.requires_grad}
+    train_epoch(model, loader, build_optimizer(model, cfg), cfg)
+    names = moved(model.image_encoder, before)
+    assert names and names <= trained and len(trained) < len(list(model.image_encoder.parameters()))
+
+
+def test_three_rates_and_no_decay_on_norms_biases_and_temperature(setup):
+    model, _, _, cfg = setup(weight_decay=0.1, loss="sigmoid")
+    group_of = {p: group for group in build_optimizer(model, cfg).param_groups for p in group["params"]}
+    assert len(group_of) == len(list(model.parameters()))
+    norms = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+    in_norms = {p for module in model.modules() if isinstance(module, norms) for p in module.parameters()}
+    assert in_norms
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        assert group_of[parameter]["lr"] == RATES.get(f"{part}_lr", RATES["head_lr"]), name
+        plain = parameter in in_norms or name.endswith("bias") or part in {"log_scale", "logit_bias"}
+        assert group_of[parameter]["weight_decay"] == (0.0 if plain else 0.1), name
+
+
+def test_nothing_to_train_is_refused(setup):
+    model, _, _, cfg = setup()
+    with pytest.raises(UserError, match="nothing to train"):
+        build_optimizer(model.requires_grad_(False), cfg)
+
+
+# ---- schedules
+
+
+def optimizer_of(rate=1.0):
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate, "part": "head"}])
+
+
+def test_cosine_by_hand(tiny_cfg):
+    cfg = dataclasses.replace(tiny_cfg, scheduler="cosine", warmup_steps=4)
+    optimizer = optimizer_of(2.0)
+    scheduler = build_scheduler(optimizer, cfg, total_steps=12)
+    rates = []
+    for _ in range(14):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    half = 2 * 0.5
+    falling = [half * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, *falling, 0.0, 0.0])
+    assert rates[8] == pytest.approx(1.0)  # half way down
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 0), (5, 3), (0, 1)])
+def test_cosine_of_a_short_run(tiny_cfg, warmup, total):
+    cfg = dataclasses.replace(tiny_cfg, scheduler="cosine", warmup_steps=warmup)
+    optimizer = optimizer_of()
+    scheduler = build_scheduler(optimizer, cfg, total)
+    for _ in range(total + 1):
+        assert 0 <= optimizer.param_groups[0]["lr"] <= 1
+        optimizer.step()
+        scheduler.step()
+
+
+def test_plateau_by_hand(tiny_cfg):
+    cfg = dataclasses.replace(tiny_cfg, scheduler="plateau", patience=2, factor=0.1)
+    optimizer = optimizer_of()
+    scheduler = build_scheduler(optimizer, cfg, total_steps=0)
+    rates = []
+    for rsum in [10, 20, 20, 19, 18, 21, 5, 5, 5]:
+        scheduler.step(rsum)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01])
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_precision": "fp32", "image_frozen_blocks": 1}])
+def test_bf16_is_near_fp32(setup, settings):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        model, loader, _, cfg = setup(precision=precision, dropout=0.0, **settings)
+        batch = next(iter(loader))
+        model.eval()
+        with torch.no_grad():
+            loss, embeddings = loss_of(model, batch, cfg)
+        losses[precision] = loss.item()
+        assert loss.dtype == embeddings.dtype == torch.float32
+        train_epoch(model, loader, build_optimizer(model, cfg), cfg)  # and it trains
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.05)
+    assert losses["bf16"] != losses["fp32"]
+
+
+def test_autocast_is_off_for_fp32(tiny_cfg):
+    with autocast(dataclasses.replace(tiny_cfg, precision="fp32"), torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
+    with autocast(dataclasses.replace(tiny_cfg, precision="bf16"), torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu")
+
+
+# ---- validation
+
+
+def test_embeddings_line_up_with_images_and_captions(setup, tiny_data):
+    model, _, loader, cfg = setup()
+    images, texts, own = embed(model, loader, cfg)
+    table = tiny_data.table[tiny_data.table["split"] == "valid"]
+    assert (len(images), len(texts)) == (6, len(table)) and not model.training
+    names = table["image"].unique().tolist()
+    assert [names[i] for i in own] == table["image"].tolist()
+    again = valid_epoch(model, loader, cfg)
+    assert again == valid_epoch(model, loader, cfg) and 0 <= again["rsum"] <= 600
+
+
+def test_batches_of_validation_do_not_matter(setup):
+    a, b = (valid_epoch(*setup(batch_size=size)[::2], setup(batch_size=size)[3]) for size in (2, 5))
+    assert a == pytest.approx(b)
+
+
+def test_spread_by_hand():
+    rows = nn.functional.normalize(torch.randn(5, 7), dim=1)
+    cosines = [torch.dot(rows[i], rows[j]).item() for i in range(5) for j in range(5) if i != j]
+    assert _spread(rows) == pytest.approx(sum(cosines) / 20, abs=1e-5)
+    assert _spread(rows[:1].expand(4, 7)) == pytest.approx(1, abs=1e-5)
+
+
+# ---- what a run tells
+
+HEALTHY = {
+    "loss": "infonce", "train_loss": 2.0, "chance": math.log(32), "spread": 0.3,
+    "logit_scale": 20.0, "rsum": 120.0, "start_rsum": 20.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"train_loss": math.log(32) - 0.01}, "sits at chance"),
+        ({"train_loss": math.log(32) + 3}, "sits at chance"),
+        ({"spread": 0.99}, "collapsed"),
+        ({"logit_scale": 100.0}, "clamp"),
+        ({"rsum": 19.9}, "below where training started"),
+    ],
+)
+def test_each_warning_alone(change, says):
+    said = warnings_for(**HEALTHY | change)
+    assert len(said) == 1 and says in said[0] and "\n" not in said[0]
+
+
+def test_no_warning_without_a_reason():
+    assert warnings_for(**HEALTHY) == []
+    assert warnings_for(**HEALTHY | {"rsum": 20.0}) == []
+    assert warnings_for(**HEALTHY | {"loss": "sigmoid", "train_loss": 9.0}) == []  # its chance is another
+    assert len(warnings_for(**HEALTHY | {"train_loss": 4.0, "spread": 1.0, "logit_scale": 100.0, "rsum": 0.0})) == 4
+
+
+def test_chance_is_the_loss_of_equal_embeddings():
+    ids = torch.arange(6)
+    same = torch.ones(6, 4) / 2
+    loss = LOSSES["infonce"](same, same.repeat_interleave(2, 0), 14.0, ids, ids.repeat_interleave(2))
+    assert chance_loss(6, 12) == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_the_log_is_cut_back_on_a_resume(tmp_path):
+    log = RunLog(tmp_path)
+    for epoch in (1, 2, 3):
+        log.epoch({"epoch": epoch, "rsum": 1.0}, step=10 * epoch)
+    log.close()
+    log = RunLog(tmp_path, epochs_done=1, steps_done=10)
+    log.epoch({"epoch": 2, "rsum": 7.0}, step=20)
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert lines == '{"epoch": 1, "rsum": 1.0}\n{"epoch": 2, "rsum": 7.0}\n'
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("epoch/rsum")
+    assert [(event.step, event.value) for event in events] == [(10, 1.0), (20, 7.0)]
+
+
+def test_the_progress_adds_up():
+    from clip_scratch.train import Progress
+
+    progress = Progress(start_rsum=5.0)
+    for number in (1, 2):
+        progress.add(SimpleNamespace(number=number, loss=2.0, images=4, captions=8, seconds=0.5, spread=0.1))
+    assert (progress.step, progress.batch, progress.loss_sum, progress.captions) == (2, 2, 4.0, 16)
+    progress.next_epoch(50.0)
+    assert (progress.epoch, progress.batch, progress.best_epoch, progress.stale, progress.images) == (1, 0, 1, 0, 0)
+    progress.next_epoch(50.0)
+    assert (progress.best_epoch, progress.stale) == (1, 1)  # no better is not the best

@@ -1,0 +1,112 @@
+"""The notebooks, executed at small sizes by a kernel of this interpreter, each in an empty folder of its own."""
+
+import base64
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+SMALL = 'RUN = ""\nN_SCENES, EPOCHS = 200, 1'  # in place of the cell that is tagged "settings"
+KERNEL = "clip-scratch-tests"
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Run a notebook in `tmp_path / "work"`, and return it with its outputs."""
+    folder = tmp_path / "jupyter" / "kernels" / KERNEL
+    folder.mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (folder / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": KERNEL, "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))  # no installed kernel can stand in
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows figures as outputs
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")]))
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(name):
+        notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+        [settings] = [cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", [])]
+        settings.source = SMALL
+        client = nbclient.NotebookClient(
+            notebook, timeout=240, kernel_name=KERNEL, resources={"metadata": {"path": str(work)}}
+        )
+        client.execute()  # raises CellExecutionError where a cell does
+        outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+        assert not [output for output in outputs if output.output_type == "error"]
+        return notebook
+
+    run.work = work
+    return run
+
+
+def text_of(cell):
+    """What a cell printed and what it returned, as text."""
+    parts = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs]
+    return "".join(parts)
+
+
+def cell_with(notebook, words):
+    [cell] = [cell for cell in notebook.cells if cell.cell_type == "code" and words in cell.source]
+    return cell
+
+
+def pictures(cell):
+    return [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+
+
+def test_there_are_notebooks():
+    assert {"01_train.ipynb", "02_find_matches.ipynb", "03_swap_encoders.ipynb"} <= {path.name for path in PATHS}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_committed_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, f"{path.name} holds outputs: clear them"
+
+
+@pytest.mark.slow
+def test_train_then_find(execute):
+    trained = execute("01_train.ipynb")
+    assert "Did you mean epochs" in text_of(cell_with(trained, "Scenes.epoch = 3"))
+    assert len(pictures(cell_with(trained, "plt.subplots(1, 4"))) == 1
+    assert len(pictures(cell_with(trained, "metrics.jsonl"))) == 1
+    assert "test: 20 images, 100 captions" in text_of(cell_with(trained, "evaluate(run"))
+    assert sorted(p.name for p in execute.work.iterdir()) == ["data", "runs"]
+    [run] = (execute.work / "runs").iterdir()
+
+    found = execute("02_find_matches.ipynb")  # takes the run that 01 made
+    assert list((execute.work / "runs").iterdir()) == [run]
+    assert f"searching with runs/{run.name}" in text_of(cell_with(found, "searching with"))
+    [query] = [cell for cell in found.cells if "query" in cell.metadata.get("tags", [])]
+    [png] = pictures(query)
+    assert base64.b64decode(png).startswith(b"\x89PNG\r\n\x1a\n")
+    assert (run / "queries.png").is_file()
+    assert len(text_of(cell_with(found, "find_captions(model")).splitlines()) >= 5
+
+
+@pytest.mark.slow
+def test_find_without_a_run(execute):
+    found = execute("02_find_matches.ipynb")
+    [query] = [cell for cell in found.cells if "query" in cell.metadata.get("tags", [])]
+    assert len(pictures(query)) == 1
+    assert len(list((execute.work / "runs").glob("notebook-*/best/model.safetensors"))) == 1
+
+
+@pytest.mark.slow
+def test_swap_encoders(execute):
+    swapped = execute("03_swap_encoders.ipynb")
+    assert len(list((execute.work / "runs").glob("swap-*/best/model.safetensors"))) == 3
+    table = text_of(cell_with(swapped, "pd.DataFrame(rows)"))
+    for row in ("as the preset", "another image encoder", "another text encoder", "four convolutions"):
+        assert row in table
