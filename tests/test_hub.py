@@ -94,7 +94,7 @@ def test_without_a_hub_one_line_says_what_is_missing_and_how_to_go_on(what):
     with pytest.raises(UserError) as error:
         build()
     said = str(error.value)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert said.startswith(f"cannot get {named}: http://127.0.0.1:9 cannot be reached and nothing is cached")
     assert "local" in said and "\n" not in said
     assert "--no-pretrained" in said or what == "unknown random text tower"
@@ -116,7 +116,7 @@ def test_a_hub_that_accepts_and_says_nothing_is_given_up(monkeypatch):
         began = time.monotonic()
         with pytest.raises(UserError, match="cannot be reached"):
             TextEncoder("distilbert-base-uncased")
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
 
 
 def test_a_hub_that_answers_is_asked_and_its_answer_passed_on(monkeypatch):
