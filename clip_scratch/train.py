@@ -25,8 +25,9 @@ def _check_run_folder(cfg: CFG) -> Path:
     if cfg.resume:
         return folder
     try:
-        # A run that was killed while its folder was made has these two alone, and begins anew
-        if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {"best", "last"}:
+        # A run that was killed while its folder was made has no settings in it yet, and begins anew
+        names = {entry.name for entry in folder.iterdir() if entry.suffix != ".tmp"} if folder.is_dir() else set()
+        if names - {"best", "last"}:
             raise UserError(f"{folder} is not empty: go on with --resume {folder}, or choose another --run-dir")
         parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     except OSError as error:  # a folder above it is closed, or the name is too long

@@ -171,9 +171,10 @@ def _is_axes(artist):
 
 
 @pytest.mark.parametrize("query", ["", "between $5 and $6", r"$\frac{", "word " * 200, "x" * 300, "line\nbreak"])
+@pytest.mark.filterwarnings("error")
 def test_any_query_can_be_drawn(tiny_data, query, tmp_path):
     matches = Matches(query, [("00.png", 1.0)], tiny_data.image_path)
-    assert decoded(matches._repr_png_()).size
+    assert close_to(decoded(matches._repr_png_()), (220, 30, 30)) > 1000  # the image has its room
     assert save_grid([matches, matches], tmp_path / "grid.png", columns=2).is_file()
 
 

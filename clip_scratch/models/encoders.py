@@ -232,7 +232,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors each have their own
-        raise UserError(f"image_weights: {path} cannot be read as weights ({type(error).__name__}: {error})") from error
+        # Of a file that is no pickle torch says in many lines that it may be a dangerous one
+        known = isinstance(error, OSError) or path.suffix == ".safetensors"
+        reason = str(error).splitlines()[0] if known and str(error) else type(error).__name__
+        raise UserError(f"image_weights: {path} cannot be read as weights ({reason})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -56,7 +56,7 @@ def draw(results: Sequence[Matches], columns: int):
     figure = Figure(figsize=(2.2 * columns, sum(2.2 * n + 0.5 for n in lines)), dpi=100, layout="constrained")
     parts = figure.subfigures(len(results), 1, height_ratios=[2.2 * n + 0.5 for n in lines], squeeze=False)[:, 0]
     for result, n, part in zip(results, lines, parts, strict=True):
-        words = "\n".join(textwrap.wrap(result.query, 24 * columns))
+        words = "\n".join(textwrap.wrap(result.query, 24 * columns, max_lines=4, placeholder=" ..."))
         part.suptitle(words, fontsize=11, fontweight="bold", parse_math=False)  # a price in dollars is no formula
         axes = part.subplots(n, columns, squeeze=False).ravel()
         for axis in axes:

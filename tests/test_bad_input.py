@@ -1,0 +1,325 @@
+"""What a user gets wrong ends in one clear line and exit status 2: no traceback, and no half-written run folder."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import clip_scratch.train as train
+from clip_scratch import CFG, evaluate, search
+from clip_scratch.cli import parse
+from clip_scratch.errors import run_command
+from clip_scratch.training import checkpoint
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must be refused; its one line on stderr."""
+
+    def run(command):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_command(command)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("error: ") == 1 and "Traceback" not in said
+        line = said[said.index("error: ") :].strip()
+        assert "\n" not in line
+        return line
+
+    return run
+
+
+@pytest.fixture
+def words(tiny_data):
+    """The command line of a tiny run, without its folder."""
+    settings = {"captions-path": tiny_data.captions_path, "model-name": "test_resnet", "device": "cpu"}
+    settings |= {"text-encoder-model": "bert-tiny", "text-tokenizer": "train", "size": 32, "batch-size": 8}
+    settings |= {"epochs": 1, "valid-fraction": 0.2, "max-length": 24, "projection-dim": 32}
+    return ["--no-pretrained", *(str(part) for name, value in settings.items() for part in (f"--{name}", value))]
+
+
+@pytest.fixture
+def train_refused(refused, words, tmp_path):
+    """As `refused`, for `train` with the tiny settings and some more; and there is no run folder."""
+
+    def run(*more, run_dir=None):
+        folder = Path(run_dir or tmp_path / "runs/run")
+        line = refused(lambda: train.main(parse([*words, *more, "--run-dir", str(folder)])))
+        assert run_dir or not folder.parent.exists()
+        return line
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):
+    """The folder of a run of one step; copy it before you damage it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_draw_epoch", lambda *_: None)
+        patch.setattr(train, "_report_run", lambda *_: None)
+        return train.main(
+            CFG(
+                captions_path=tiny_data.captions_path,
+                model_name="test_resnet",
+                text_encoder_model="bert-tiny",
+                text_tokenizer="train",
+                pretrained=False,
+                size=32,
+                batch_size=8,
+                epochs=1,
+                max_steps=1,
+                valid_fraction=0.2,
+                max_length=24,
+                projection_dim=32,
+                device="cpu",
+                run_dir=folder,
+            )
+        )
+
+
+@pytest.fixture
+def run_copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+# ---- captions and images
+
+
+def test_captions_file(train_refused, tiny_data, tmp_path):
+    assert "captions.text" in train_refused("--captions-path", str(tiny_data.folder / "captions.text"))
+    empty = tmp_path / "empty.csv"
+    empty.write_text("")
+    assert "empty.csv" in train_refused("--captions-path", str(empty))
+    empty.write_text("image,caption\n")
+    assert "empty.csv" in train_refused("--captions-path", str(empty))
+    assert "'titel'" in train_refused("--caption-column", "titel")
+    (tmp_path / "column.csv").write_text("id,image\n1,00.png\n2,01.png\n")
+    assert "column" in train_refused("--captions-path", str(tmp_path / "column.csv"))
+
+
+def test_images_and_splits(train_refused, tmp_path, tiny_data):
+    (tmp_path / "elsewhere").mkdir()
+    assert "none of the 26 images" in train_refused("--image-path", str(tmp_path / "elsewhere"))
+    assert "no image folder" in train_refused("--image-path", str(tmp_path / "nowhere"))
+    assert "has no images in the split 'valid'" in train_refused("--valid-fraction", "0")
+    table = tiny_data.table.assign(split="valid")
+    table.to_csv(tmp_path / "valid.csv", index=False)
+    more = "--captions-path", str(tmp_path / "valid.csv"), "--image-path", str(tiny_data.image_path)
+    assert "has no images in the split 'train'" in train_refused(*more)
+
+
+def test_an_undecodable_image_is_listed_with_its_row(words, tiny_data, tmp_path, capsys):
+    shutil.copytree(tiny_data.image_path, tmp_path / "Images")
+    (tmp_path / "Images/03.png").write_bytes(b"no picture")
+    (tmp_path / "Images/05.png").unlink()
+    command = [*words, "--image-path", str(tmp_path / "Images"), "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: train.main(parse(command)))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "2 of 26 images" in said and "--on-bad-image skip" in said
+    assert "03.png (" in said and "05.png (" in said and ", row " in said and not (tmp_path / "run").exists()
+
+
+# ---- encoders and weights
+
+
+def test_encoder_names(train_refused):
+    assert "Did you mean resnet50" in train_refused("--model-name", "resnet5O")
+    assert "Did you mean bert-tiny" in train_refused("--text-encoder-model", "bert-tinny")
+    assert "'zzz'" in train_refused("--model-name", "zzz")
+
+
+def test_image_weights(train_refused, tmp_path):
+    more = ["--pretrained", "--no-text-pretrained", "--image-weights"]
+    assert "there is no" in train_refused(*more, str(tmp_path / "none.safetensors"))
+    save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
+    assert "does not fit: " in train_refused(*more, str(tmp_path / "other.safetensors"))
+    (tmp_path / "text.pth").write_text("not weights")
+    assert "cannot be read as weights" in train_refused(*more, str(tmp_path / "text.pth"))
+
+
+def test_no_network_for_hub_weights(train_refused):
+    began = time.monotonic()
+    line = train_refused("--pretrained", "--no-text-pretrained", "--model-name", "resnet18")
+    assert "image_weights" in line and "--no-pretrained" in line and "resnet18" in line
+    line = train_refused("--pretrained", "--no-image-pretrained", "--text-encoder-model", "distilbert-base-uncased")
+    assert "text_encoder_model" in line and "local folder" in line and "--no-pretrained" in line
+    line = train_refused("--text-tokenizer", "no-such-tokenizer")
+    assert "no-such-tokenizer" in line
+    assert time.monotonic() - began < 20
+
+
+# ---- the run folder
+
+
+def test_a_run_folder_that_cannot_be_made(train_refused, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for folder in ("file", "file/run", "file/a/b"):
+        assert "cannot be made" in train_refused(run_dir=tmp_path / folder)
+    assert "cannot be made" in train_refused(run_dir=tmp_path / ("long" * 100))
+    monkeypatch.setattr(train.os, "access", lambda *_: False)  # root may write anywhere
+    assert "cannot be written to" in train_refused(run_dir=tmp_path / "closed/run")
+    assert not (tmp_path / "closed").exists()
+
+
+def test_a_run_folder_that_is_not_empty(train_refused, tmp_path, finished):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("x")
+    assert "is not empty" in train_refused(run_dir=tmp_path / "mine")
+    before = sorted(finished.rglob("*"))
+    assert f"--resume {finished}" in train_refused(run_dir=finished)
+    assert sorted(finished.rglob("*")) == before
+
+
+# ---- a resume
+
+
+def test_a_resume_cannot_change_the_model(refused, finished):
+    line = refused(lambda: train.main(parse(["--resume", str(finished), "--model-name", "resnet18"])))
+    assert "trained with model_name='test_resnet'" in line and "'resnet18'" in line
+    line = refused(lambda: train.main(parse([f"--resume={finished}", "--projection-dim", "64"])))
+    assert "projection_dim=32" in line
+    line = refused(lambda: train.main(CFG(resume=str(finished), head_lr=0.5)))
+    assert "head_lr" in line
+
+
+def test_a_resume_of_what_is_no_run(refused, tmp_path, run_copy):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        line = refused(lambda folder=folder: train.main(parse(["--resume", str(folder)])))
+        assert "is not a run folder" in line
+    assert not (tmp_path / "nowhere").exists()
+    (run_copy / "last/training.pt").unlink()
+    assert "nothing to resume" in refused(lambda: train.main(parse(["--resume", str(run_copy)])))
+
+
+def test_a_resume_of_a_damaged_run(refused, run_copy):
+    def resume():
+        return refused(lambda: train.main(parse(["--resume", str(run_copy)])))
+
+    state = checkpoint.load_last(run_copy / "last")
+    whole = (run_copy / "last/training.pt").read_bytes()
+    (run_copy / "last/training.pt").write_bytes(whole[:5000])
+    assert "training.pt is damaged" in resume()
+    state["model"]["log_scale"] = torch.zeros(3)
+    checkpoint.save_last(run_copy / "last", state)
+    assert "does not fit the settings" in resume()
+    del state["model"]
+    checkpoint.save_last(run_copy / "last", state)
+    assert "does not fit the settings" in resume()
+    (run_copy / "last/training.pt").write_bytes(whole)
+    (run_copy / "config.json").write_text("{")
+    assert "config.json is damaged" in resume()
+
+
+# ---- settings
+
+
+def test_presets_and_devices(refused, train_refused, monkeypatch):
+    assert "Did you mean flickr8k" in refused(lambda: train.main(parse(["flicker8k"])))
+    assert "precision fp16 needs a GPU" in train_refused("--precision", "fp16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if not torch.backends.cuda.is_built() or not torch.cuda.device_count():
+        assert "device 'cuda'" in train_refused("--device", "cuda")
+    assert "device 'gpu'" in train_refused("--device", "gpu")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--batchsize", "3"], "--batch-size"),
+        (["--model", "resnet18"], "--model-name"),
+        (["--batch-size", "many"], "many"),
+        (["--batch-size", "0"], "batch_size is at least 1"),
+        (["--loss", "infonse"], "infonce"),
+        (["--epochs"], "epochs"),
+        (["flickr8k"], "flickr8k"),
+    ],
+)
+def test_settings_on_the_command_line(words, more, says, capsys):
+    """tyro draws a box around what it refuses itself."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: parse([*words, *more]))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and says in said and "Traceback" not in said
+
+
+# ---- evaluate and search
+
+
+def test_evaluate(refused, finished, tmp_path, tiny_data, run_copy):
+    def wrong(run=finished, **settings):
+        return refused(lambda: evaluate.main(evaluate.Arguments(str(run), device="cpu", **settings)))
+
+    assert "is not a run folder" in wrong(tmp_path / "nowhere")
+    assert "is not a run folder" in wrong(tiny_data.captions_path)
+    assert "no images in the split 'test'" in wrong(split="test")
+    assert "no captions file" in wrong(captions_path=str(tmp_path / "none.csv"))
+    assert "no image folder" in wrong(image_path=str(tmp_path / "none"))
+    assert "there is no folder" in wrong(json=str(tmp_path / "none/x.json"))
+    assert "is a folder" in wrong(json=str(tmp_path))
+    weights = run_copy / "best/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "does not fit its settings" in wrong(run_copy)
+    shutil.move(run_copy / "best/model.safetensors", tmp_path / "gone")
+    assert "holds no weights yet" in wrong(run_copy)
+
+
+def test_search(refused, finished, tmp_path):
+    def wrong(query="a red square", run=finished, **settings):
+        return refused(lambda: search.main(search.Arguments(str(run), query, **settings)))
+
+    assert "is not a run folder" in wrong(run=tmp_path / "nowhere")
+    assert "there is no folder" in wrong(images=str(tmp_path / "none"))
+    assert "there are no images" in wrong(images=str(tmp_path))
+    assert "n is at least 1" in wrong(n=0)
+    assert "none.png" in wrong(query=str(tmp_path / "none.png"))
+    assert "cannot write the picture" in wrong(save=str(tmp_path / "none/x.png"))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/x.jpg").write_bytes(b"no picture")
+    assert "x.jpg" in wrong(images=str(tmp_path / "bad"))
+
+
+def test_the_data_of_a_run_are_gone(refused, run_copy, tmp_path):
+    best = run_copy / "best/config.json"
+    settings = json.loads(best.read_text()) | {"captions_path": str(tmp_path / "moved/captions.txt")}
+    best.write_text(json.dumps(settings))
+    line = refused(lambda: evaluate.main(evaluate.Arguments(str(run_copy), device="cpu")))
+    assert "captions.txt" in line and "--captions-path" in line
+    line = refused(lambda: search.main(search.Arguments(str(run_copy), "a red square")))
+    assert "captions.txt" in line
+
+
+def test_the_commands_themselves(tmp_path):
+    """The three verbs as processes of their own: exit status 2, one line, nothing else."""
+    import os
+    import subprocess
+
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    commands = [["train", "flicker8k"], ["evaluate", "nowhere"], ["search", "nowhere", "a dog"]]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"clip_scratch.{command[0]}", *command[1:]],
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command in commands
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fields_named_here_exist():
+    names = {field.name for field in dataclasses.fields(CFG)}
+    assert {"on_bad_image", "image_weights", "text_encoder_model", "valid_fraction", "run_dir", "resume"} <= names
