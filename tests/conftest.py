@@ -123,13 +123,14 @@ def tiny_tokenizer(_trained_tokenizer):
 
 @pytest.fixture(scope="session")
 def scene_run(tmp_path_factory):
-    """A finished run on 120 built-in scenes: `.folder` of the run, and `.cwd`, where its data lie."""
+    """A finished run on 240 built-in scenes: `.folder` of the run, and `.cwd`, where its data lie."""
     from clip_scratch.config import PRESETS
     from clip_scratch.train import main
 
     cwd = tmp_path_factory.mktemp("scenes")
-    settings = {"size": 32, "model_name": "test_resnet", "text_encoder_model": "bert-tiny", "n_scenes": 120}
-    settings |= {"batch_size": 16, "epochs": 4, "warmup_steps": 4, "max_length": 32, "device": "cpu"}
+    settings = {"size": 32, "model_name": "test_resnet", "text_encoder_model": "bert-tiny", "n_scenes": 240}
+    settings |= {"batch_size": 16, "epochs": 5, "warmup_steps": 4, "max_length": 32, "device": "cpu"}
+    settings |= {"image_encoder_lr": 2e-3, "text_encoder_lr": 1e-3}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         folder = main(PRESETS["scenes"](**settings, run_dir="runs/scenes"))

@@ -142,7 +142,7 @@ def test_search_by_words_and_by_image(scene_run, monkeypatch, capsys, tmp_path):
     )
     out = capsys.readouterr().out
     assert "'a red circle'" in out and "written: " in out and (tmp_path / "x.png").is_file()
-    images = scene_run.cwd / "data/scenes-120-42/Images"
+    images = scene_run.cwd / "data/scenes-240-42/Images"
     search.main(search.Arguments("runs/scenes/best", "a red circle", images=str(images.parent), n=2))
     assert len([line for line in capsys.readouterr().out.splitlines() if "Images/" in line]) == 2
     search.main(search.Arguments("runs/scenes", str(next(images.iterdir())), n=4))
