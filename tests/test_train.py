@@ -96,7 +96,7 @@ def test_the_run_folder_is_complete(scene_run):
         assert line["pairs_per_second"] == pytest.approx(2 * line["images_per_second"])  # captions_per_image
         assert line["images_per_second"] == pytest.approx(12 * 16 / line["seconds"])
     assert number == 5
-    board = EventAccumulator(str(folder)).Reload()
+    board = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     assert board.Tags()["images"] == ["retrieval"] and len(board.Images("retrieval")) == 5
     logged = [(line["step"], line["rsum"]) for line in lines_of(folder)]
     assert scalars(folder) == [(step, pytest.approx(rsum)) for step, rsum in logged]
@@ -361,14 +361,14 @@ print("all went on")
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on(cfg, tmp_path):
-    """Killed in the making of the folder, in the first, a middle and the last save, and in each file of an epoch's end.
+    """Killed in the making of the folder, in the first and the last save, between the files of an epoch's end.
 
     The writes: 1 to 4 the folder (best/config.json, text_config.json, last, config.json), 5 to 9 the steps of the
     first epoch, 10 to 13 its end (weights, their metrics, metrics.jsonl, last), 14 to 18 the second, 19 to 22 its end.
     """
     settings = dataclasses.asdict(dataclasses.replace(cfg, checkpoint_steps=1, scheduler="cosine", ema=0.5))
     del settings["run_dir"]
-    moments = "3:half,4:written,5:half,10:written,11:half,12:renamed,18:renamed,22:half"
+    moments = "4:written,5:half,10:renamed,12:renamed,22:half"
     env = os.environ | {"PYTHONPATH": str(train.Path.cwd()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, json.dumps(settings), str(tmp_path), moments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

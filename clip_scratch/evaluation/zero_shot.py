@@ -22,8 +22,11 @@ def classify(
     """For each image, every label with its probability, best first.
 
     A label's vector is the mean of its normalised prompts, normalised again (Radford et al. 2021, section
-    3.1.4); probabilities are the softmax at the model's temperature. Raises UserError for a template without {}.
+    3.1.4); probabilities are the softmax at the model's temperature. Raises UserError for a template without {}
+    and where there is no label or template.
     """
+    if not labels or not templates:
+        raise UserError("classification needs at least one label and one template")
     if wrong := [t for t in templates if "{}" not in t]:
         raise UserError(f"a template holds {{}} where the label goes, not {wrong[0]!r}")
     prompts = [template.format(label) for label in labels for template in templates]
