@@ -22,6 +22,7 @@ _HOME = {
     "load": "training.checkpoint",
     "recall_at_k": "evaluation.retrieval",
     "classify": "evaluation.zero_shot",
+    "compare": "evaluation.comparison",
     "encode_image": "retrieval.embed",
     "encode_text": "retrieval.embed",
     "get_image_embeddings": "retrieval.embed",

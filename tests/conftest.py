@@ -135,3 +135,111 @@ def scene_run(tmp_path_factory):
         patch.chdir(cwd)
         folder = main(PRESETS["scenes"](**settings, run_dir="runs/scenes"))
     return SimpleNamespace(folder=cwd / folder, cwd=cwd)
+
+
+# ---- pretrained CLIPs of transformers, small enough to make
+
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+_VISION = _TOWER | {"image_size": 32, "patch_size": 8}
+
+
+def clip_bpe_tokenizer(captions):
+    """A tokenizer of CLIP's own kind (byte-level BPE, <|startoftext|> and <|endoftext|>), learned from captions."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    empty = CLIPTokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    bpe.normalizer, bpe.pre_tokenizer = empty.normalizer, empty.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"], show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(captions, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+
+
+def _make_hf_clip(kind, folder, tokenizer, bert_tokenizer):
+    """Save a random model of `kind` (see `hf_clip`) with its image processor and tokenizer in `folder`."""
+    import torch
+    import transformers as hf
+
+    torch.manual_seed(7)
+    square, crop = {"height": 32, "width": 32}, {"size": {"shortest_edge": 32}, "crop_size": 32}
+    bert = {**_TOWER, "vocab_size": len(bert_tokenizer), "max_position_embeddings": 40}
+    bert |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    if kind == "clip":
+        text = {**_TOWER, "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        config = hf.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=24)
+        processor = hf.CLIPImageProcessor(**crop)
+    elif kind == "siglip":
+        config = hf.SiglipConfig(text_config={**bert, "max_position_embeddings": 64}, vision_config=_VISION)
+        processor = hf.SiglipImageProcessor(size=square, resample=2)
+    elif kind == "siglip2":
+        vision = {**_TOWER, "patch_size": 8, "num_patches": 16}
+        config = hf.Siglip2Config(text_config={**bert, "max_position_embeddings": 64}, vision_config=vision)
+        processor = hf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    elif kind == "chinese":
+        config = hf.ChineseCLIPConfig(text_config=bert, vision_config=_VISION, projection_dim=24)
+        processor = hf.ChineseCLIPImageProcessor(**crop)
+    else:
+        if kind == "dual_timm":
+            vision = hf.TimmWrapperConfig(architecture="test_resnet", hidden_size=96, num_labels=0)
+        else:
+            vision = hf.ViTConfig(**_VISION)
+        config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(
+            vision, hf.BertConfig(**bert), projection_dim=24
+        )
+        processor = hf.ViTImageProcessor(size=square, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25])
+    model = hf.AutoModel.from_config(config)
+    with torch.no_grad():  # random towers hardly tell inputs apart; trained ones do
+        for p in model.parameters():
+            if p.ndim >= 2:
+                p.mul_(3)
+        if "siglip" in kind:
+            model.logit_scale.fill_(4.765)  # 117, beyond CLIP's clamp, as of the published models
+            model.logit_bias.fill_(-12.9)
+        elif kind == "clip":
+            model.logit_scale.fill_(4.6052)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (tokenizer if kind == "clip" else bert_tokenizer).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def hf_clip(tmp_path_factory, tiny_data, _trained_tokenizer):
+    """Make the folder of a tiny transformers model, as `save_pretrained` leaves it, and return its path.
+
+    clip, siglip, siglip2 (NaFlex), chinese, dual (ViT + BERT) and dual_timm (a timm ResNet + BERT). Copy a folder
+    before you change it.
+    """
+    import copy
+
+    root, made = tmp_path_factory.mktemp("hf"), {}
+
+    def make(kind="clip"):
+        if kind not in made:
+            scenes = ["a red circle left of a blue square", "two green stars on grey", "small yellow triangle above"]
+            tokenizer = clip_bpe_tokenizer([*tiny_data.table["caption"], *scenes * 2])
+            _make_hf_clip(kind, root / kind, tokenizer, copy.deepcopy(_trained_tokenizer))
+            made[kind] = root / kind
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def hf_cfg(tiny_data, hf_clip):
+    """Settings that fine-tune one of the tiny CLIPs on `tiny_data` in a second or two: 5 batches an epoch."""
+    from clip_scratch.config import HFClip
+
+    def make(kind="clip", **settings):
+        rates = {"head_lr": 1e-3, "image_encoder_lr": 1e-3, "text_encoder_lr": 1e-3}
+        defaults = {"captions_path": tiny_data.captions_path, "valid_fraction": 0.2, "device": "cpu", "batch_size": 4}
+        defaults |= {"epochs": 2, "warmup_steps": 2, "early_stopping": 0}
+        return HFClip(model_name=hf_clip(kind), **defaults | rates | settings)
+
+    return make

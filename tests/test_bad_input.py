@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import clip_scratch.report as report
 import clip_scratch.train as train
 from clip_scratch import CFG, evaluate, search
 from clip_scratch.cli import parse
@@ -63,8 +64,8 @@ def finished(tiny_data, tmp_path_factory):
     """The folder of a run of one step; copy it before you damage it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_draw_epoch", lambda *_: None)
-        patch.setattr(train, "_report_run", lambda *_: None)
+        patch.setattr(report, "draw_epoch", lambda *_: None)
+        patch.setattr(report, "report_run", lambda *_: None)
         return train.main(
             CFG(
                 captions_path=tiny_data.captions_path,
@@ -249,6 +250,59 @@ def test_settings_on_the_command_line(words, more, says, capsys):
         run_command(lambda: parse([*words, *more]))
     said = capsys.readouterr().err
     assert stop.value.code == 2 and says in said and "Traceback" not in said
+
+
+# ---- fine-tuning a pretrained CLIP
+
+
+@pytest.fixture
+def tune_refused(refused, tiny_data, hf_clip, tmp_path):
+    """Run `train hf_clip` on the tiny data, with some more settings, to the line that refuses it."""
+
+    def run(*more, model=None):
+        words = ["hf_clip", "--captions-path", str(tiny_data.captions_path), "--device", "cpu"]
+        words += ["--model-name", str(model or hf_clip()), "--run-dir", str(tmp_path / "runs/run"), *more]
+        line = refused(lambda: train.main(parse(words)))
+        assert not (tmp_path / "runs").exists()
+        return line
+
+    return run
+
+
+def test_freezing_that_does_not_fit(tune_refused, train_refused, monkeypatch):
+    assert "image_freezing first:40: the tower has 3 blocks" in tune_refused("--image-freezing", "first:40")
+    assert "text_freezing last:4: the tower has 3 blocks" in tune_refused("--text-freezing", "last:4")
+    both = "--image-freezing", "frozen", "--text-freezing", "frozen"
+    assert "nothing to train" in tune_refused(*both) and "nothing to train" in train_refused(*both)
+    assert "image_freezing first:40: the tower has 4 blocks" in train_refused("--image-freezing", "first:40")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for refused_by in (tune_refused, train_refused):
+        assert "pip install 'clip_scratch[lora]'" in refused_by("--text-freezing", "lora")
+
+
+def test_what_needs_a_pretrained_clip(train_refused):
+    assert "wise_ft mixes with zero-shot weights" in train_refused("--wise-ft", "auto")
+    assert "--sweep freezing starts from zero-shot" in train_refused("--sweep", "freezing")
+
+
+def test_models_that_are_no_clip(tune_refused, hf_clip, tmp_path):
+    assert "takes 32 pixels a side" in tune_refused("--size", "160")
+    folder = Path(shutil.copytree(hf_clip(), tmp_path / "copy"))
+    (folder / "preprocessor_config.json").unlink()
+    assert str(folder) in tune_refused(model=folder)
+    assert "there is no" in tune_refused(model=tmp_path / "nowhere")
+
+
+def test_no_network_for_a_pretrained_clip(tune_refused, refused, tmp_path):
+    began = time.monotonic()
+    for name in ("openai/clip-vit-base-patch32", "google/siglip-base-patch16-224"):
+        line = tune_refused(model=name)
+        assert name in line and "cannot be reached" in line and "--model-name to that folder" in line
+        assert "(hf download NAME" in line  # huggingface_hub 1.0 has no huggingface-cli any more
+    line = refused(lambda: train.main(parse(["food", "--device", "cpu", "--run-dir", str(tmp_path / "runs/food")])))
+    assert "zmao/food_img_caption_small" in line and "set --captions-path to that folder" in line
+    assert not (tmp_path / "runs").exists()
+    assert time.monotonic() - began < 30
 
 
 # ---- evaluate and search

@@ -240,6 +240,54 @@ def test_further_files_hold_the_other_splits(tmp_path):
     assert (table["split"] == "train").sum() == 6
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"train": "train_data.json", "valid": "val_data.json", "test": "test_data.json"},
+        {"train": "train.jsonl", "valid": "dev.jsonl"},
+        {"train": "my-training.captions.csv", "valid": "my-Validation.captions.csv"},
+        {"valid": "val.tsv", "test": "test.tsv"},
+    ],
+)
+def test_a_folder_with_a_file_for_each_split(tmp_path, names):
+    for split, name in names.items():
+        draw_images(tmp_path / "photos", [f"{split}.png"])
+        row = {"image": f"photos/{split}.png", "title": f"of {split}", "class": f"a {split}"}
+        text = json.dumps(row) if "json" in name else "\t".join(row) + "\n" + "\t".join(row.values())
+        write(tmp_path / name, text)
+    cfg = CFG(captions_path=tmp_path)
+    table = read_captions(cfg)
+    assert table[["image", "caption", "image_id", "split", "file", "row", "label"]].values.tolist() == [
+        [f"photos/{split}.png", f"of {split}", i, split, name, 1 if "json" in name else 2, f"a {split}"]
+        for i, (split, name) in enumerate(names.items())
+    ]
+    assert image_folder(cfg, table) == image_folder(cfg) == tmp_path
+
+
+def test_split_files_and_the_settings_for_further_files(tmp_path, capsys):
+    for name in ("train", "test"):
+        rows = [f"{name}{i}.png,x" for i in range(10)]
+        write(tmp_path / "set" / f"{name}.csv", "\n".join(["image,caption", *rows]))
+    counts = read_captions(CFG(captions_path=tmp_path / "set"))["split"].value_counts().to_dict()
+    assert counts == {"train": 9, "valid": 1, "test": 10}
+    assert "train.csv has no validation split" in capsys.readouterr().err
+    other = write(tmp_path / "other.csv", "image,caption\nother.png,x\n")
+    table = read_captions(CFG(captions_path=tmp_path / "set", test_captions_path=other, valid_fraction=0))
+    assert table["split"].value_counts().to_dict() == {"train": 10, "test": 1}
+
+
+def test_an_image_in_two_split_files_is_refused(tmp_path):
+    for name in ("train", "val"):
+        write(tmp_path / f"{name}.csv", "image,caption\na.png,x\n")
+    refused("a.png is both in train (train.csv, row 2) and in valid (val.csv, row 2)", captions_path=tmp_path)
+
+
+def test_an_error_in_a_split_file_names_it(tmp_path):
+    write(tmp_path / "train.jsonl", '{"image": "a.png", "caption": "x"}\n')
+    write(tmp_path / "val.jsonl", '{"image": "b.png", "caption": "x"}\n{"image": \n')
+    refused("val.jsonl, line 2: not valid JSON", captions_path=tmp_path)
+
+
 # ---- folders and images
 
 
@@ -333,9 +381,16 @@ def test_missing_files_suggest_others(tmp_path):
 
 
 def test_a_folder_with_several_captions_files_asks_which(tmp_path):
-    write(tmp_path / "train.json", "[]")
-    write(tmp_path / "val.json", "[]")
-    refused("holds several captions files (train.json, val.json)", captions_path=tmp_path)
+    for names in (
+        ["one.json", "two.json"],
+        ["train.csv", "train.json"],
+        ["train.json", "x.json"],
+        ["train_test.csv", "val.csv"],
+    ):
+        folder = tmp_path / "-".join(names)
+        for name in names:
+            write(folder / name, "[]")
+        refused(f"holds several captions files ({', '.join(names)})", captions_path=folder)
 
 
 def test_a_split_without_images_says_which_there_are(tmp_path):
@@ -449,8 +504,10 @@ def test_flickr8k_as_published():
 @pytest.mark.skipif(not (SHARED / "fashion").exists(), reason="no ../shared/fashion")
 def test_fashion_in_two_files():
     fashion = SHARED / "fashion"
-    cfg = CFG(captions_path=fashion / "train_data.json", valid_captions_path=fashion / "val_data.json")
+    cfg = CFG(captions_path=fashion)
     table = read_captions(cfg)
+    by_name = CFG(captions_path=fashion / "train_data.json", valid_captions_path=fashion / "val_data.json")
+    assert table.equals(read_captions(by_name))
     assert table["split"].value_counts().to_dict() == {"train": 1400, "valid": 300}
     assert table.iloc[0][["image", "caption", "label"]].tolist() == [
         "images/34547.jpg",

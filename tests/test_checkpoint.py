@@ -84,7 +84,7 @@ def test_best_round_trip(saved):
     [
         {"loss": "sigmoid"},
         {"head": "linear", "text_pooling": "mean", "ema": 0.9},
-        {"image_frozen_blocks": 1, "freeze_batch_norm": True, "image_precision": "fp32", "channels_last": False},
+        {"image_freezing": "first:1", "freeze_batch_norm": True, "image_precision": "fp32", "channels_last": False},
         {"model_name": "vit_tiny_patch16_224", "image_trainable": False},
     ],
 )

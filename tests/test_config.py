@@ -255,3 +255,41 @@ def test_a_bug_keeps_its_traceback_and_success_is_silent(capsys):
 def test_suggest():
     assert suggest("resnet5O", ["resnet50", "vit"]) == " Did you mean resnet50?"
     assert suggest("zzz", ["resnet50"]) == ""
+
+
+# ---- the forms of freezing and of WiSE-FT
+
+
+@pytest.mark.parametrize("name", ["image_freezing", "text_freezing"])
+def test_freezing_is_one_vocabulary(name):
+    for value in ("frozen", "heads", "full", "lora", "first:0", "first:6", "last:1", "last:12"):
+        assert getattr(CFG(**{name: value}), name) == value
+    for value in ("last:0", "last:-1", "first:", "first", "last:one", "Full", "", "first:6 ", "lora:8", "heads\n"):
+        with pytest.raises(UserError, match=f"{name} is frozen, heads, first:N, last:N, lora or full, not"):
+            CFG(**{name: value})
+
+
+def test_the_share_of_wise_ft():
+    for value in ("", "auto", "0", "1", "0.5", "1.0", "0.75"):
+        assert CFG(wise_ft=value).wise_ft == value
+    for value in ("1.5", "-0.5", "half", "2", "0.", "1.01"):
+        with pytest.raises(UserError, match="wise_ft is empty, auto, or a number from 0 to 1"):
+            CFG(wise_ft=value)
+
+
+def test_size_0_leaves_it_to_the_model():
+    assert CFG(size=0).size == 0 and CFG(size=8).size == 8
+    for size in (-1, 1, 7):
+        with pytest.raises(UserError, match="size"):
+            CFG(size=size)
+
+
+@pytest.mark.parametrize("name", ["hf_clip", "food", "indo_fashion", "flickr8k_clip", "flickr30k_clip"])
+def test_a_recipe_on_the_command_line(name):
+    from clip_scratch.cli import parse
+
+    cfg = parse([name, "--accumulation", "4", "--text-freezing", "lora", "--wise-ft", "auto", "--ema", "0.99"])
+    assert (cfg.backend, cfg.accumulation, cfg.text_freezing, cfg.wise_ft) == ("hf_clip", 4, "lora", "auto")
+    assert cfg.run_dir.startswith(f"runs/{name}-") and cfg.early_stopping > 0
+    settings = dataclasses.asdict(cfg)
+    assert dataclasses.asdict(CFG(**settings)) == settings

@@ -13,7 +13,7 @@ from clip_scratch.config import CFG, PRESETS
 from clip_scratch.errors import UserError
 from clip_scratch.hub import local_path
 from clip_scratch.models.clip import CLIPModel, ProjectionHead
-from clip_scratch.models.encoders import ImageEncoder, TextEncoder, text_config
+from clip_scratch.models.encoders import ImageEncoder, TextEncoder, compute_trained_part_in_fp32, text_config
 from clip_scratch.training.losses import contrastive_loss
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -281,41 +281,43 @@ def test_trainable_is_a_setting_of_each_tower(tiny_cfg, tiny_tokenizer, settings
     assert model.log_scale.requires_grad
 
 
-def test_the_first_blocks_can_stay_as_they_are():
-    encoder = ImageEncoder(TINY, pretrained=False, frozen_blocks=1).train()
-    trains = {name for name, p in encoder.model.named_parameters() if p.requires_grad}
+def image_tower(tiny_cfg, tiny_tokenizer, **settings) -> torch.nn.Module:
+    return CLIPModel(dataclasses.replace(tiny_cfg, model_name=TINY, **settings), tiny_tokenizer).train().towers["image"]
+
+
+def test_the_first_blocks_can_stay_as_they_are(tiny_cfg, tiny_tokenizer):
+    tower = image_tower(tiny_cfg, tiny_tokenizer, image_freezing="first:1")
+    trains = {name for name, p in tower.named_parameters() if p.requires_grad}
     assert trains and all(name.startswith(("layer2", "layer3", "layer4")) for name in trains)
-    before = copy.deepcopy(encoder.state_dict())
-    encoder(torch.randn(4, 3, 32, 32)).sum()
-    moved = {name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved and all(name.startswith(("model.layer2", "model.layer3", "model.layer4")) for name in moved)
-    with pytest.raises(UserError, match="image_frozen_blocks 99"):
-        ImageEncoder(TINY, pretrained=False, frozen_blocks=99)
+    before = copy.deepcopy(tower.state_dict())
+    tower(torch.randn(4, 3, 32, 32)).sum()
+    moved = {name for name, tensor in tower.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.startswith(("layer2", "layer3", "layer4")) for name in moved)
 
 
-def test_batch_norm_statistics_can_stay_while_the_weights_learn():
-    encoder = ImageEncoder(TINY, pretrained=False, freeze_batch_norm=True).train()
-    before = copy.deepcopy(encoder.state_dict())
-    encoder(torch.randn(4, 3, 32, 32)).sum().backward()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
-    assert all(p.grad is not None for p in encoder.parameters())
+def test_batch_norm_statistics_can_stay_while_the_weights_learn(tiny_cfg, tiny_tokenizer):
+    tower = image_tower(tiny_cfg, tiny_tokenizer, freeze_batch_norm=True)
+    before = copy.deepcopy(tower.state_dict())
+    tower(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+    assert all(p.grad is not None for p in tower.parameters())
 
 
-def test_the_part_that_trains_computes_in_fp32_and_a_copy_is_its_own():
-    encoder = ImageEncoder(TINY, pretrained=False, frozen_blocks=1).eval()
+def test_the_part_that_trains_computes_in_fp32_and_a_copy_is_its_own(tiny_cfg, tiny_tokenizer):
+    tower = image_tower(tiny_cfg, tiny_tokenizer, image_freezing="first:1").eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        full = encoder(x)
-        encoder.compute_trained_part_in_fp32()
-        torch.testing.assert_close(encoder(x), full)
+        full = tower(x)
+        compute_trained_part_in_fp32(tower)
+        torch.testing.assert_close(tower(x), full)
         with torch.autocast("cpu", torch.bfloat16):
-            assert encoder(x).dtype == torch.float32
-            assert not torch.equal(encoder(x), full)  # the frozen blocks are in bf16
-    twin = copy.deepcopy(encoder)  # as an average of the weights is
+            assert tower(x).dtype == torch.float32
+            assert not torch.equal(tower(x), full)  # the frozen blocks are in bf16
+    twin = copy.deepcopy(tower)  # as an average of the weights is
     with torch.no_grad():
         for p in twin.parameters():
             p.mul_(0 if p.requires_grad else 1)
-    assert twin(x).abs().max() == 0 and torch.equal(encoder(x), full)
+    assert twin(x).abs().max() == 0 and torch.equal(tower(x), full)
 
 
 # ---- the model

@@ -177,7 +177,7 @@ def test_a_frozen_tower_does_not_move(setup, settings, frozen):
 
 
 def test_frozen_blocks_and_batch_norms(setup):
-    model, loader, _, cfg = setup(image_frozen_blocks=1, freeze_batch_norm=True)
+    model, loader, _, cfg = setup(image_freezing="first:1", freeze_batch_norm=True)
     before = state_of(model.image_encoder)
     trained = {name for name, p in model.image_encoder.named_parameters() if p.requires_grad}
     train_epoch(model, loader, build_optimizer(model, cfg), cfg)
@@ -252,7 +252,7 @@ def test_plateau_by_hand(tiny_cfg):
 # ---- precision
 
 
-@pytest.mark.parametrize("settings", [{}, {"image_precision": "fp32", "image_frozen_blocks": 1}])
+@pytest.mark.parametrize("settings", [{}, {"image_precision": "fp32", "image_freezing": "first:1"}])
 def test_bf16_is_near_fp32(setup, settings):
     losses = {}
     for precision in ("fp32", "bf16"):
@@ -305,7 +305,7 @@ def test_spread_by_hand():
 
 HEALTHY = {
     "loss": "infonce", "train_loss": 2.0, "chance": math.log(32), "spread": 0.3,
-    "logit_scale": 20.0, "rsum": 120.0, "start_rsum": 20.0,
+    "logit_scale": 20.0, "start_logit_scale": 14.3, "rsum": 120.0, "start_rsum": 20.0,
 }  # fmt: skip
 
 
@@ -357,11 +357,80 @@ def test_the_log_is_cut_back_on_a_resume(tmp_path):
 def test_the_progress_adds_up():
     from clip_scratch.train import Progress
 
-    progress = Progress(start_rsum=5.0)
+    progress = Progress(start={"rsum": 5.0})
     for number in (1, 2):
-        progress.add(SimpleNamespace(number=number, loss=2.0, images=4, captions=8, seconds=0.5, spread=0.1))
+        progress.add(SimpleNamespace(number=number, loss=2.0, images=4, batches=1, captions=8, seconds=0.5, spread=0.1))
     assert (progress.step, progress.batch, progress.loss_sum, progress.captions) == (2, 2, 4.0, 16)
     progress.next_epoch(50.0)
     assert (progress.epoch, progress.batch, progress.best_epoch, progress.stale, progress.images) == (1, 0, 1, 0, 0)
     progress.next_epoch(50.0)
     assert (progress.best_epoch, progress.stale) == (1, 1)  # no better is not the best
+
+
+# ---- accumulation
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def test_accumulated_gradients_are_the_average_of_the_batches_own(setup):
+    """5 batches in groups of 2: the last group is of one, and is not divided by two. With rates of 0, nothing moves."""
+    still = dict.fromkeys(RATES, 0.0)
+    model, loader, _, cfg = setup(batch_size=4, accumulation=2, dropout=0.0, grad_clip=0.0, precision="fp32", **still)
+    twin = copy.deepcopy(without_dropout(model)).train()
+    own, losses = [], []
+    for batch in loader:
+        twin.zero_grad()
+        loss, _ = loss_of(twin, batch, cfg)
+        loss.backward()
+        own.append({name: p.grad.clone() for name, p in twin.named_parameters()})
+        losses.append(loss.item())
+    assert len(own) == 5
+    seen, steps = [], []
+    optimizer = build_optimizer(model, cfg)
+    optimizer.register_step_pre_hook(lambda *_: seen.append({n: p.grad.clone() for n, p in model.named_parameters()}))
+    train_epoch(model, loader, optimizer, cfg, on_step=steps.append)
+    assert [(s.number, s.batches, s.images) for s in steps] == [(2, 2, 8), (4, 2, 8), (5, 1, 4)]
+    for step, grads, group in zip(steps, seen, ([0, 1], [2, 3], [4]), strict=True):
+        assert step.loss == pytest.approx(sum(losses[i] for i in group) / len(group), rel=1e-5)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, sum(own[i][name] for i in group) / len(group), atol=1e-6, rtol=1e-4)
+
+
+def test_a_resumed_epoch_keeps_its_groups(setup):
+    steps = []
+    model, loader, _, cfg = setup(batch_size=4, accumulation=3)
+    train_epoch(model, loader.start(0, 3), build_optimizer(model, cfg), cfg, on_step=steps.append)
+    assert [(s.number, s.batches) for s in steps] == [(5, 2)]
+
+
+def test_accumulated_gradients_are_clipped_together(setup):
+    model, loader, _, cfg = setup(batch_size=4, accumulation=5, grad_clip=1e-6)
+    norms = []
+    optimizer = build_optimizer(model, cfg)
+    optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.sqrt(sum((p.grad**2).sum() for p in model.parameters())).item())
+    )
+    train_epoch(model, loader, optimizer, cfg)
+    assert norms == [pytest.approx(1e-6, rel=0.01)]
+
+
+def test_max_steps_and_the_schedule_count_optimiser_steps(tiny_cfg, tmp_path, monkeypatch):
+    """5 batches an epoch in groups of 2 are 3 steps: 4 steps end after the first group of the second epoch."""
+    import json
+
+    import clip_scratch.report as report
+    from clip_scratch.train import main
+
+    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
+    monkeypatch.setattr(report, "report_run", lambda *_: None)
+    settings = {"batch_size": 4, "accumulation": 2, "max_steps": 4, "epochs": 9, "scheduler": "cosine"}
+    run = main(dataclasses.replace(tiny_cfg, **settings, run_dir=str(tmp_path / "run")))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 4)]
+    assert lines[-1]["head_lr"] == pytest.approx(0, abs=1e-12)
+    assert lines[-1]["train_loss"] == pytest.approx(2, abs=2) and lines[0]["head_lr"] > 0

@@ -1,10 +1,12 @@
 """Decoding whatever people have into RGB, and the two transforms."""
 
 import io
+import pickle
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from clip_scratch.config import CFG
@@ -175,6 +177,71 @@ def test_reducing_averages():
     board = (255 * (np.indices((256, 256)).sum(0) % 2)).astype(np.uint8)
     found = image_transform(CFG(size=32), False)(image=np.repeat(board[..., None], 3, 2))["image"]
     assert (found.float() - 127.5).abs().max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(90, 120), (121, 63), (64, 64), (37, 53), (30, 200), (50, 64), (64, 50), (1, 3)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("resize", ["crop", "stretch"])
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_evaluation_pixels_are_those_of_the_pretrained_models_own_processor(shape, interpolation, resize, backend):
+    """CLIP's processor crops, SigLIP's stretches; transformers has either with two libraries underneath."""
+    kind = {"crop": "CLIPImageProcessor", "stretch": "SiglipImageProcessor"}[resize]
+    processor = getattr(transformers, kind + ("Pil" if backend == "pil" else ""))
+    size = {"shortest_edge": 64} if resize == "crop" else {"height": 64, "width": 64}
+    own = {"crop_size": {"height": 64, "width": 64}} if resize == "crop" else {}
+    resample = Image.Resampling[interpolation.upper()]
+    small = RNG.integers(0, 256, (shape[0] // 5 + 2, shape[1] // 5 + 2, 3), dtype=np.uint8)
+    smooth = np.array(Image.fromarray(small).resize(shape[::-1], Image.Resampling.BICUBIC))
+    noise = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    transform = image_transform(CFG(size=64, resize=resize, interpolation=interpolation), train=False)
+    process = processor(size=size, resample=resample, do_rescale=False, do_normalize=False, **own)
+    for image, largest in ((smooth, 3), (noise, 16)):  # torchvision rounds between the two directions
+        expected = torch.as_tensor(process(Image.fromarray(image), return_tensors="pt")["pixel_values"][0])
+        found = transform(image=image)["image"]
+        assert found.dtype == torch.uint8
+        error = (found.float() - expected.float()).abs()
+        assert error.mean() < (0.5 if backend == "torchvision" else 1e-6)
+        assert error.max() <= (largest if backend == "torchvision" else 0)
+
+
+@pytest.mark.parametrize("interpolation", ["area", "bilinear", "bicubic"])
+def test_a_crop_keeps_the_middle_and_the_shape(interpolation):
+    wide = np.zeros((40, 120, 3), np.uint8)
+    wide[:, 30:90] = 200  # what is left and right of it is cut off
+    wide[10:30, 50:70] = 90  # a square
+    cfg = CFG(size=20, resize="crop", interpolation=interpolation)
+    for image in (wide, wide.swapaxes(0, 1)):
+        found = image_transform(cfg, train=False)(image=image)["image"]
+        assert found.shape == (3, 20, 20)
+        assert (found[:, 6:14, 6:14] - 90.0).abs().max() <= 3  # what bicubic overshoots
+        assert (found[:, :3] == 200).all() and (found[:, :, -3:] == 200).all()
+
+
+@pytest.mark.parametrize("interpolation", ["area", "bilinear", "bicubic"])
+@pytest.mark.parametrize("resize", ["crop", "stretch"])
+def test_without_a_random_crop_training_has_the_geometry_of_evaluation(resize, interpolation):
+    settings = {"size": 24, "resize": resize, "interpolation": interpolation}
+    evaluation = image_transform(CFG(**settings), False)(image=RGB)["image"]
+    for flip in (0, 1):
+        train = image_transform(CFG(**settings, **PLAIN | {"horizontal_flip": flip}), True)
+        assert torch.equal(seeded(train, 1), evaluation.flip(2) if flip else evaluation)
+
+
+def test_the_transform_can_be_sent_to_another_process():
+    for train in (True, False):
+        transform = image_transform(CFG(size=24, resize="crop", interpolation="bicubic"), train)
+        sent = pickle.loads(pickle.dumps(transform))
+        assert torch.equal(seeded(sent, 3), seeded(transform, 3))
+
+
+def test_random_crops_take_the_filter():
+    tall = np.repeat(np.linspace(0, 255, 60, dtype=np.uint8)[:, None, None] // 32 * 32, 12, 1).repeat(3, 2)
+    crops = [
+        seeded(image_transform(CFG(size=90, interpolation=interpolation, **PLAIN | {"crop_scale": 0.5}), True), 4, tall)
+        for interpolation in ("area", "bilinear", "bicubic")
+    ]
+    assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[1], crops[2])
+    assert (crops[1].float() - crops[2].float()).abs().mean() < 8  # the same crop
 
 
 def test_seeded_training_is_reproducible():

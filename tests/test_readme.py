@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clip_scratch import CFG
-from clip_scratch.config import PRESETS
+from clip_scratch.config import PRESETS, HFClip
 from clip_scratch.data.scenes import write_scenes
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +28,45 @@ def commands() -> list[str]:
     return [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
 
 
+def write_pretrained_clip(folder: Path) -> None:
+    """A tiny CLIP with random weights, as transformers saves it."""
+    from transformers import AutoModel, CLIPConfig, CLIPImageProcessor
+
+    from clip_scratch.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["a small red circle", "a big blue square"] * 5)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.sep_token_id}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    AutoModel.from_config(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    square = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder)
+
+
+def write_products(folder: Path) -> None:
+    """products/: official splits with titles and classes; photos_by_label/: the same pictures in a folder a class."""
+    import json
+
+    from PIL import Image
+
+    colours = {"red": (220, 30, 30), "blue": (40, 60, 220), "green": (30, 170, 60)}
+    (folder / "products").mkdir()
+    for split, n in (("train", 18), ("val", 6)):
+        lines = []
+        for i in range(n):
+            name = list(colours)[i % 3]
+            path = folder / "photos_by_label" / name / f"{split}{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (30, 40), colours[name]).save(path)
+            (folder / "products" / path.name).write_bytes(path.read_bytes())
+            line = {"image_path": path.name, "product_title": f"{name} shirt {i}", "class_label": name}
+            lines.append(json.dumps(line))
+        (folder / f"products/{split}_data.json").write_text("\n".join(lines))
+    (folder / "labels.txt").write_text("\n".join(colours))
+    (folder / "prompts.txt").write_text("a {} shirt\nclothes in {}")
+
+
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch):
     """A folder with what the README's commands name, settings that make each of them short, and no hub."""
@@ -39,6 +78,8 @@ def newcomer(tmp_path, monkeypatch):
     from clip_scratch.models.encoders import ImageEncoder
 
     monkeypatch.chdir(tmp_path)
+    write_pretrained_clip(tmp_path / "models/clip")
+    write_products(tmp_path)
     write_scenes(tmp_path / "data/flickr8k", 60, seed=1, workers=1, progress=False)
     write_scenes(tmp_path / "my", 60, seed=2, workers=1, progress=False)
     (tmp_path / "my/captions.txt").rename(tmp_path / "my.csv")
@@ -52,13 +93,15 @@ def newcomer(tmp_path, monkeypatch):
     for preset in [CFG, *PRESETS.values()]:
         for name, value in TINY.items():
             monkeypatch.setattr(preset, name, value)
+    monkeypatch.setattr(HFClip, "size", 0)
+    monkeypatch.setattr(HFClip, "model_name", "models/clip")  # in the place of the one from the hub
     torch.manual_seed(0)
     return tmp_path
 
 
 def needs_hub(words: list[str]) -> bool:
     """Whether the command asks for weights that only a hub has: it is run from random weights instead."""
-    local = {"scenes", "compact", "--no-pretrained", "--image-weights", "--resume"}
+    local = {"scenes", "compact", "hf_clip", "--no-pretrained", "--image-weights", "--resume"}
     return "clip_scratch.train" in words and not local & set(words) and words[-1] != "clip_scratch.train"
 
 
@@ -75,7 +118,8 @@ def test_every_command_and_block_runs(newcomer, monkeypatch, capsys):
             runpy.run_module(words[2], run_name="__main__", alter_sys=True)
         except SystemExit as stop:
             assert not stop.code, f"{shlex.join(words)}: {capsys.readouterr().err}"
-    assert (newcomer / "found.png").is_file() and (newcomer / "test.json").is_file()
+    for written in ("found.png", "test.json", "table.md", "table.png", "confusion.png", "runs/sweep/comparison.png"):
+        assert (newcomer / written).is_file(), written
     names: dict[str, object] = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clip_scratch.errors import UserError
 from clip_scratch.evaluation import retrieval
-from clip_scratch.evaluation.retrieval import format_table, recall_at_k
+from clip_scratch.evaluation.retrieval import format_table, ranks, recall_at_k, recalls_of
 
 
 def from_similarity(rows):
@@ -209,3 +209,20 @@ def test_the_table_shows_percent_and_what_was_measured():
     assert lines[2].split() == ["image", "to", "text", "33.3", "100.0", "2"]
     assert lines[3].split() == ["text", "to", "image", "50.0", "83.3", "1.5"]
     assert lines[-1] == "rsum 266.7"
+
+
+@given(problem=problems())
+@settings(max_examples=60)
+def test_the_figures_are_those_of_the_ranks(problem):
+    rows, own = problem
+    embeddings = from_similarity(rows)
+    image_rank, text_rank = ranks(*embeddings, own)
+    assert image_rank.dtype == text_rank.dtype == torch.long
+    assert len(image_rank) == len(own) and len(text_rank) == len(set(own))
+    assert image_rank.min() >= 1 and image_rank.max() <= len(rows[0])
+    assert recalls_of(image_rank, text_rank, (1, 2)) == recall_at_k(*embeddings, own, (1, 2))
+
+
+def test_ranks_by_hand():
+    image_rank, text_rank = ranks(*from_similarity(UNEVEN[0]), UNEVEN[1])
+    assert image_rank.tolist() == [1, 2, 3, 1, 2, 1] and text_rank.tolist() == [1, 2, 2]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip_scratch.evaluation.retrieval as retrieval
+import clip_scratch.report as report
 import clip_scratch.train as train
 from clip_scratch import CFG, encode_image, encode_text, find_matches, load
 from clip_scratch.cli import parse
@@ -26,7 +27,7 @@ from clip_scratch.training.losses import LOSSES
 
 RECALLS = {f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in (1, 5, 10)}
 VALIDATION = RECALLS | {"image_median_rank", "text_median_rank", "rsum"}
-TIMINGS = {"pairs_per_second", "images_per_second", "seconds"}
+TIMINGS = {"pairs_per_second", "images_per_second", "seconds", "wall_seconds"}
 RATES = {"head_lr", "image_encoder_lr", "text_encoder_lr"}
 
 
@@ -53,8 +54,8 @@ def last_of(folder):
 @pytest.fixture
 def plain(monkeypatch):
     """No pictures: they take most of the time of so small a run."""
-    monkeypatch.setattr(train, "_draw_epoch", lambda *_: None)
-    monkeypatch.setattr(train, "_report_run", lambda *_: None)
+    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
+    monkeypatch.setattr(report, "report_run", lambda *_: None)
 
 
 @pytest.fixture
@@ -66,15 +67,15 @@ def cfg(tiny_cfg, tmp_path):
 
 def interrupt_at(monkeypatch, step, how=lambda: os.kill(os.getpid(), signal.SIGINT)):
     """Have `how` called in the loop once, after optimiser step `step`."""
-    show = train._show
+    show = report.show_step
 
     def and_interrupt(bar, progress, *rest):
         show(bar, progress, *rest)
         if progress.step == step:
-            monkeypatch.setattr(train, "_show", show)
+            monkeypatch.setattr(report, "show_step", show)
             how()
 
-    monkeypatch.setattr(train, "_show", and_interrupt)
+    monkeypatch.setattr(report, "show_step", and_interrupt)
 
 
 # ---- what a run leaves
@@ -270,7 +271,7 @@ import copy, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 import clip_scratch.train as train
-from clip_scratch import CFG, load
+from clip_scratch import CFG, load, report
 from clip_scratch.training import checkpoint, engine, log
 from clip_scratch.retrieval import matches
 import transformers.models.bert.modeling_bert, timm, albumentations, tyro
@@ -278,7 +279,7 @@ import torch.utils.tensorboard
 from clip_scratch.cli import parse
 
 torch.set_num_threads(1)
-train._draw_epoch = train._report_run = lambda *_: None
+report.draw_epoch = report.report_run = lambda *_: None
 settings, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 write = checkpoint.write_atomically
 MOMENTS = ("before", "half", "written", "renamed")
@@ -379,8 +380,8 @@ def test_a_run_killed_at_any_moment_goes_on(cfg, tmp_path):
 
 
 def scripted(monkeypatch, rsums):
-    """Have each epoch's validation give the next of `rsums`."""
-    real, values = retrieval.recall_at_k, iter(rsums)
+    """Have the validation before training give 0, and each epoch's the next of `rsums`."""
+    real, values = retrieval.recall_at_k, iter([0.0, *rsums])
     monkeypatch.setattr(retrieval, "recall_at_k", lambda *args: real(*args) | {"rsum": next(values)})
 
 

@@ -47,18 +47,10 @@ def read_captions(cfg: CFG) -> pd.DataFrame:
     the file, or seeded, in this order. Raises UserError for whatever the user can mend.
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
-    path, form, columns, _ = _locate(cfg)
-    table = read_file(path, form, columns)
-    others = {"valid": cfg.valid_captions_path, "test": cfg.test_captions_path}
-    if any(others.values()):
-        table["split"] = "train"
-        further = [
-            read_file(_captions_file(Path(other).expanduser()), form, columns).assign(split=split)
-            for split, other in others.items()
-            if other
-        ]
-        table = pd.concat([table, *further], ignore_index=True)
-    table = _split(_clean(table), path, cfg)
+    files, form, columns, _ = _locate(cfg)
+    parts = {split: read_file(file, form, columns) for split, file in files.items()}
+    parts = [part.assign(split=split) if split else part for split, part in parts.items()]
+    table = _split(_clean(pd.concat(parts, ignore_index=True)), next(iter(files.values())), cfg)
     table["image_id"] = pd.factorize(table["image"])[0]
     first = ["image", "caption", "image_id", "split"]
     return table[first + [name for name in table.columns if name not in first]].reset_index(drop=True)
@@ -94,7 +86,8 @@ def image_folder(cfg: CFG, table: pd.DataFrame | None = None) -> Path:
     With the caption `table` at hand the captions file is not read a second time.
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
-    path, form, columns, images = _locate(cfg)
+    files, form, columns, images = _locate(cfg)
+    path = next(iter(files.values()))
     if images:
         return images
     if cfg.image_path:
@@ -160,13 +153,16 @@ def _fault(path: Path) -> str | None:
 # ---- where the captions are
 
 
-def _locate(cfg: CFG) -> tuple[Path, str, Columns, Path | None]:
-    """The captions file, its format and columns, and the image folder where the data set fixes one."""
+def _locate(cfg: CFG) -> tuple[dict[str, Path], str, Columns, Path | None]:
+    """The captions files by split, their format and columns, and the image folder where the data set fixes one.
+
+    A single file, whose splits are inside it or beside it or nowhere, has the key "".
+    """
     if not cfg.captions_path:
         from .scenes import ensure_scenes
 
         captions, images = ensure_scenes(cfg)
-        return Path(captions), "table", Columns(), Path(images)
+        return {"": Path(captions)}, "table", Columns(), Path(images)
     path = Path(cfg.captions_path).expanduser()
     try:
         path.exists()
@@ -176,9 +172,14 @@ def _locate(cfg: CFG) -> tuple[Path, str, Columns, Path | None]:
         from .huggingface import export
 
         captions = export(path if path.exists() else cfg.captions_path, cfg)
-        return captions, "json", Columns(), captions.parent
+        return {"": captions}, "json", Columns(), captions.parent
     columns = Columns(cfg.image_column, cfg.caption_column, cfg.label_column)
-    return _captions_file(path), cfg.captions_format, columns, None
+    files = _captions_files(path)
+    others = {"valid": cfg.valid_captions_path, "test": cfg.test_captions_path}
+    others = {split: _captions_file(Path(other).expanduser()) for split, other in others.items() if other}
+    if others and "" in files:
+        files = {"train": files[""]}
+    return files | others, cfg.captions_format, columns, None
 
 
 def _is_huggingface(path: Path) -> bool:
@@ -194,22 +195,46 @@ def _is_huggingface(path: Path) -> bool:
     return bool(on_hub) and not path.parent.exists()
 
 
+def _captions_files(path: Path) -> dict[str, Path]:
+    """`_captions_file`, with the key ""; of a folder with a file for each split, as train.csv and val.csv, those."""
+    if path.is_dir():
+        found = _captions_files_in(path)
+        splits = {_split_in_name(file): file for file in found}
+        if len(found) > 1 and len(splits) == len(found) and None not in splits:
+            return {split: splits[split] for split in SPLITS if split in splits}
+    return {"": _captions_file(path)}
+
+
+def _split_in_name(file: Path) -> str | None:
+    """The one split that a word of the file's name means, as in val_data.json; None for none or two."""
+    words = re.split(r"[\W_]+", file.stem.lower())
+    splits = {SPLIT_OF_NAME[word] for word in words if word in SPLIT_OF_NAME}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def _captions_files_in(folder: Path) -> list[Path]:
+    """What may be the captions file of a folder: what has a published name, or else a usual ending."""
+    for pattern in PUBLISHED:
+        if found := sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}")):
+            return found
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in CAPTIONS_SUFFIXES)
+
+
 def _captions_file(path: Path) -> Path:
     """`path` itself, or the captions file in it where it is a folder. Raises UserError where there is none."""
     if not path.exists():
         raise UserError(f"no captions file {path}.{_near(path)} Set --captions-path.")
     if path.is_file():
         return path
-    for pattern in PUBLISHED:
-        if found := sorted(path.glob(pattern)) or sorted(path.glob(f"*/{pattern}")):
-            break
-    else:
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in CAPTIONS_SUFFIXES)
+    found = _captions_files_in(path)
     if len(found) == 1:
         return found[0]
     if found:
         names = ", ".join(str(file.relative_to(path)) for file in found[:5])
-        raise UserError(f"{path} holds several captions files ({names}). Set --captions-path to one of them.")
+        raise UserError(
+            f"{path} holds several captions files ({names}). Set --captions-path to one of them, "
+            "or leave one for each split, named as train.csv and val.csv are."
+        )
     raise UserError(f"{path} holds no captions file (looked for {', '.join(PUBLISHED)}). Set --captions-path to it.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,19 +41,24 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 def image_transform(cfg: CFG, train: bool):
     """The albumentations pipeline: `transform(image=array)["image"]` is a uint8 tensor (3, size, size).
 
-    Training: random resized crop, flip and colour jitter, each a setting. Evaluation: the whole image
-    resized to the square, so that nothing a caption mentions is cut off.
+    Training: random resized crop, flip and colour jitter, each a setting. Evaluation, and training without a
+    random crop: the whole image resized to the square, so that nothing a caption mentions is cut off, or with
+    cfg.resize "crop" its shorter side resized and the centre kept, as CLIP does (Radford et al. 2021).
     """
     import albumentations as A
+    import cv2
 
     if not train:
-        return A.Compose([A.Resize(cfg.size, cfg.size, area_for_downscale="image"), A.ToTensorV2()])
-    square = (cfg.size, cfg.size)
-    steps: list = [
-        A.RandomResizedCrop(square, scale=(cfg.crop_scale, 1.0), area_for_downscale="image")
-        if cfg.crop_scale < 1
-        else A.Resize(*square, area_for_downscale="image")
-    ]
+        return A.Compose([*_evaluation_geometry(cfg), A.ToTensorV2()])
+    if cfg.crop_scale < 1:
+        interpolation = cv2.INTER_CUBIC if cfg.interpolation == "bicubic" else cv2.INTER_LINEAR
+        steps = [
+            A.RandomResizedCrop(
+                (cfg.size, cfg.size), (cfg.crop_scale, 1.0), interpolation=interpolation, area_for_downscale="image"
+            )
+        ]
+    else:
+        steps = _evaluation_geometry(cfg)
     if cfg.horizontal_flip:
         steps.append(A.HorizontalFlip(p=cfg.horizontal_flip))
     if cfg.color_jitter or cfg.hue_jitter:
@@ -60,3 +66,29 @@ def image_transform(cfg: CFG, train: bool):
         hue = (-cfg.hue_jitter, cfg.hue_jitter)
         steps.append(A.ColorJitter(brightness=around, contrast=around, saturation=around, hue=hue, p=0.8))
     return A.Compose([*steps, A.ToTensorV2()])
+
+
+def _evaluation_geometry(cfg: CFG) -> list:
+    """What makes the square that evaluation sees.
+
+    Bilinear and bicubic are PIL's, which a pretrained CLIP was fed with: they average where they reduce. OpenCV's
+    of the same name do not, and its area filter is the only one there that does.
+    """
+    import albumentations as A
+
+    if cfg.interpolation != "area":
+        whole = cfg.resize == "stretch"
+        return [A.Lambda(image=partial(_resize_as_pil, size=cfg.size, interpolation=cfg.interpolation, stretch=whole))]
+    if cfg.resize == "crop":
+        return [A.SmallestMaxSize(cfg.size, area_for_downscale="image"), A.CenterCrop(cfg.size, cfg.size)]
+    return [A.Resize(cfg.size, cfg.size, area_for_downscale="image")]
+
+
+def _resize_as_pil(image: np.ndarray, size: int, interpolation: str, stretch: bool, **_: object) -> np.ndarray:
+    """RGB uint8 (H, W, 3) -> (size, size, 3), by the arithmetic of transformers' image processors."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    wide, high = (size, size) if stretch else (size * width // short, size * height // short)
+    resized = Image.fromarray(image).resize((wide, high), Image.Resampling[interpolation.upper()])
+    left, top = (wide - size) // 2, (high - size) // 2
+    return np.array(resized.crop((left, top, left + size, top + size)))

@@ -38,9 +38,12 @@ def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokeniz
     path = local_path(name, "text_tokenizer")
     if path is not None:
         try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise UserError(f"text_tokenizer: {path} holds no tokenizer ({str(error).splitlines()[0]})") from error
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers made one up
+            raise UserError(f"text_tokenizer: {path} holds no tokenizer. Set --text-tokenizer to a folder of one")
+        return tokenizer
     random_text = not (cfg.pretrained and cfg.text_pretrained)
     try:
         with hub_access(f"the tokenizer {name!r}", "Give text_tokenizer a local folder, or --no-pretrained"):

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 
-_TIE = 1e-9  # cosines this near are equal: float64 sums of float32 embeddings differ by far less in other orders
+TIE = 1e-9  # cosines this near are equal: float64 sums of float32 embeddings differ by far less in other orders
 _CHUNK = 4096  # captions scored at a time, so that memory does not grow with captions x images
 
 
@@ -23,9 +23,19 @@ def recall_at_k(
     (N, P) embeddings of distinct images, (C, P) of captions, and for each caption the row of its image (C,).
     `image_retrieval_recall@k`: captions whose image is among the top k images. `text_retrieval_recall@k`:
     images with any own caption among the top k captions. `image_median_rank` and `text_median_rank` count from
-    1; `rsum` is the sum of the recalls in percent. A tie counts against the model, and
-    so does a NaN. Images without captions
-    are candidates only. Raises UserError where there is nothing to rank.
+    1; `rsum` is the sum of the recalls in percent. A tie counts against the model, and so does a NaN. Images
+    without captions are candidates only. Raises UserError where there is nothing to rank.
+    """
+    return recalls_of(*ranks(image_embeddings, text_embeddings, image_of_caption), ks)
+
+
+def ranks(
+    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, image_of_caption: torch.Tensor | Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rank of each caption's image, (C,), and of each image's best own caption, for images with captions.
+
+    Long tensors that count from 1, the images in the order of their rows. Arguments, ties, NaN and errors are those
+    of `recall_at_k`.
     """
     images, texts = image_embeddings.double().cpu(), text_embeddings.double().cpu()
     own = torch.as_tensor(image_of_caption, dtype=torch.long).cpu()  # (C,)
@@ -42,16 +52,19 @@ def recall_at_k(
         similarity = texts[start : start + _CHUNK] @ images.T  # (chunk, N)
         right = similarity.gather(1, mine[:, None])  # (chunk, 1)
         # The right image counts itself, so that the first rank is 1; `not behind` counts a NaN as ahead
-        image_rank[start : start + _CHUNK] = (~(similarity < right - _TIE)).sum(1)
+        image_rank[start : start + _CHUNK] = (~(similarity < right - TIE)).sum(1)
         best_own.scatter_reduce_(0, mine, right[:, 0], "amax")
     better = torch.zeros(len(images), dtype=torch.long)
     for start in range(0, len(texts), _CHUNK):
         mine = own[start : start + _CHUNK]
-        ahead = ~(texts[start : start + _CHUNK] @ images.T < best_own - _TIE)  # (chunk, N)
+        ahead = ~(texts[start : start + _CHUNK] @ images.T < best_own - TIE)  # (chunk, N)
         ahead[torch.arange(len(mine)), mine] = False  # own captions do not compete with each other
         better += ahead.sum(0)
-    text_rank = better[own.unique()] + 1
+    return image_rank, better[own.unique()] + 1
 
+
+def recalls_of(image_rank: torch.Tensor, text_rank: torch.Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """The figures of `recall_at_k` from the `ranks` of all captions, (C,), and images, (N,)."""
     metrics = {f"image_retrieval_recall@{k}": (image_rank <= k).double().mean().item() for k in ks}
     metrics |= {f"text_retrieval_recall@{k}": (text_rank <= k).double().mean().item() for k in ks}
     rsum = 100 * sum(metrics.values())

@@ -5,6 +5,7 @@ Shapes: B images, C captions, L tokens, S pixels a side, D features of a tower, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from torch import nn
 from ..config import CFG
 from ..data.images import image_transform
 from ..data.tokenizer import build_tokenizer
-from .encoders import ImageEncoder, TextEncoder
+from ..errors import UserError
+from .encoders import ImageEncoder, TextEncoder, compute_trained_part_in_fp32
+from .freezing import freeze, keep_frozen_in_eval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,58 +51,29 @@ def _head(in_dim: int, feature_dropout: float, cfg: CFG) -> nn.Sequential:
     return nn.Sequential(nn.Dropout(feature_dropout), head)
 
 
-class CLIPModel(nn.Module):
-    """An image tower and a text tower whose L2-normalised projections meet in one space.
+class DualEncoder(nn.Module):
+    """What every model here has, whoever wrote its towers.
 
-    `tokenizer` defaults to the text encoder's own; `text_config` rebuilds a saved text tower without a hub.
+    A subclass has `cfg`, `tokenizer`, `log_scale`, `logit_bias` (None without one), `mean` and `std` (of pixels
+    in 0 to 255), `towers` and `heads` (modules by "image" and "text"), and the two methods that make features.
     """
 
-    def __init__(
-        self,
-        cfg: CFG | type[CFG] = CFG,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        text_config: object = None,
-    ):
-        super().__init__()
-        self.cfg = cfg = cfg() if isinstance(cfg, type) else cfg
-        self.tokenizer = tokenizer or build_tokenizer(cfg)
-        self.image_encoder = ImageEncoder(
-            cfg.model_name,
-            cfg.pretrained and cfg.image_pretrained,
-            cfg.trainable and cfg.image_trainable,
-            cfg.image_weights,
-            cfg.size,
-            cfg.image_frozen_blocks,
-            cfg.freeze_batch_norm,
-        )
-        if cfg.image_precision == "fp32":
-            self.image_encoder.compute_trained_part_in_fp32()
-        self.text_encoder = TextEncoder(
-            cfg.text_encoder_model,
-            cfg.pretrained and cfg.text_pretrained,
-            cfg.trainable and cfg.text_trainable,
-            cfg.text_pooling,
-            len(self.tokenizer),
-            text_config,
-        )
-        self.tokenizer.model_max_length = min(
-            cfg.max_length, self.text_encoder.max_length, self.tokenizer.model_max_length
-        )
-        self.image_projection = _head(self.image_encoder.out_dim, cfg.image_dropout, cfg)
-        self.text_projection = _head(self.text_encoder.out_dim, cfg.text_dropout, cfg)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / cfg.temperature)), cfg.loss != "soft_target")
-        # SigLIP's bias (Zhai et al. 2023, section 3): without it the many negatives swamp the first steps
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if cfg.loss == "sigmoid" else None
-        shape = (1, 3, 1, 1)
-        self.register_buffer("mean", 255 * torch.tensor(self.image_encoder.mean).view(shape), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(self.image_encoder.std).view(shape), persistent=False)
-        if cfg.channels_last:
-            self.image_encoder.to(memory_format=torch.channels_last)
+    cfg: CFG
+    tokenizer: PreTrainedTokenizerBase
+    max_log_scale: float | torch.Tensor  # where training clamps `log_scale`
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) normalised pixels -> (B, P)."""
+        raise NotImplementedError
+
+    def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(C, L) token ids and mask -> (C, P)."""
+        raise NotImplementedError
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """What multiplies a cosine to make a logit: 1 / temperature, at most 100."""
-        return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        """What multiplies a cosine to make a logit: 1 / temperature."""
+        return self.log_scale.clamp(max=self.max_log_scale).exp().reshape(())
 
     @property
     def device(self) -> torch.device:
@@ -115,28 +89,121 @@ class CLIPModel(nn.Module):
             pixels = (pixels - self.mean) / self.std
         if self.cfg.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features = self.image_encoder(pixels)  # (B, D)
-        return F.normalize(self.image_projection(features).float(), dim=-1)
+        return F.normalize(self.image_features(pixels).float(), dim=-1)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(C, L) token ids and mask -> (C, P) L2-normalised."""
-        if input_ids.device.type == "cpu" and len(input_ids) > _CHUNK:
-            features = self._text_features_in_chunks(input_ids, attention_mask)
-        else:
-            features = self.text_encoder(input_ids, attention_mask)  # (C, D)
-        return F.normalize(self.text_projection(features).float(), dim=-1)
-
-    def _text_features_in_chunks(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The text tower on captions of like length together: on a CPU padding costs as much as words do."""
-        lengths, order = attention_mask.sum(1).sort(stable=True)
-        parts = [
-            self.text_encoder(input_ids[rows, : longest[-1]], attention_mask[rows, : longest[-1]])
-            for rows, longest in zip(order.split(_CHUNK), lengths.split(_CHUNK), strict=True)
-        ]
-        return torch.cat(parts)[order.argsort()]  # (C, D)
+        return F.normalize(self.text_features(input_ids, attention_mask).float(), dim=-1)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """A loader's batch -> image embeddings (B, P) and text embeddings (C, P)."""
         if self.training:  # at its clamp or beyond the scale has no gradient, and would never come back
-            self.log_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE) - 1e-6)
+            self.log_scale.data.clamp_(max=self.max_log_scale - 1e-6)
         return self.encode_image(batch["pixels"]), self.encode_text(batch["input_ids"], batch["attention_mask"])
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        super().train(mode)
+        if mode:
+            for part, tower in self.towers.items():
+                keep_frozen_in_eval(tower, self.cfg.freeze_batch_norm and part == "image")
+                keep_frozen_in_eval(self.heads[part])
+        return self
+
+
+def features_in_chunks(tower, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`tower(input_ids, attention_mask)` (C, D); on a CPU captions of like length go through it together.
+
+    There padding costs as much as words do.
+    """
+    if input_ids.device.type != "cpu" or len(input_ids) <= _CHUNK:
+        return tower(input_ids, attention_mask)
+    lengths, order = attention_mask.sum(1).sort(stable=True)
+    parts = [
+        tower(input_ids[rows, : longest[-1]], attention_mask[rows, : longest[-1]])
+        for rows, longest in zip(order.split(_CHUNK), lengths.split(_CHUNK), strict=True)
+    ]
+    return torch.cat(parts)[order.argsort()]  # (C, D)
+
+
+class CLIPModel(DualEncoder):
+    """An image tower and a text tower whose L2-normalised projections meet in one space.
+
+    `tokenizer` defaults to the text encoder's own; `text_config` rebuilds a saved text tower without a hub.
+    """
+
+    ARCHITECTURE = "text_config.json"  # of a run's best/: what `text_config` is
+    max_log_scale = math.log(MAX_LOGIT_SCALE)
+
+    def __init__(
+        self,
+        cfg: CFG | type[CFG] = CFG,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_config: object = None,
+    ):
+        super().__init__()
+        cfg = cfg() if isinstance(cfg, type) else cfg
+        self.tokenizer = tokenizer or build_tokenizer(cfg)
+        self.image_encoder = ImageEncoder(
+            cfg.model_name,
+            cfg.pretrained and cfg.image_pretrained,
+            cfg.trainable and cfg.image_trainable,
+            cfg.image_weights,
+            cfg.size,
+        )
+        self.text_encoder = TextEncoder(
+            cfg.text_encoder_model,
+            cfg.pretrained and cfg.text_pretrained,
+            cfg.trainable and cfg.text_trainable,
+            cfg.text_pooling,
+            len(self.tokenizer),
+            text_config,
+        )
+        if cfg.text_tokenizer:
+            check_vocabulary(self.tokenizer, self.text_encoder.model.config.vocab_size)
+        loss = "infonce" if cfg.loss == "auto" else cfg.loss  # there is no pretrained CLIP to ask
+        self.cfg = cfg = dataclasses.replace(cfg, size=cfg.size or self.image_encoder.size, loss=loss)
+        self.tokenizer.model_max_length = min(
+            cfg.max_length, self.text_encoder.max_length, self.tokenizer.model_max_length
+        )
+        self.image_projection = _head(self.image_encoder.out_dim, cfg.image_dropout, cfg)
+        self.text_projection = _head(self.text_encoder.out_dim, cfg.text_dropout, cfg)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / cfg.temperature)), cfg.loss != "soft_target")
+        # SigLIP's bias (Zhai et al. 2023, section 3): without it the many negatives swamp the first steps
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if cfg.loss == "sigmoid" else None
+        shape = (1, 3, 1, 1)
+        self.register_buffer("mean", 255 * torch.tensor(self.image_encoder.mean).view(shape), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(self.image_encoder.std).view(shape), persistent=False)
+        freeze(self, cfg)
+        if cfg.image_precision == "fp32":
+            compute_trained_part_in_fp32(self.image_encoder.model)
+        if cfg.channels_last:
+            self.image_encoder.to(memory_format=torch.channels_last)
+
+    @property
+    def towers(self) -> dict[str, nn.Module]:
+        # An encoder of the user's own may have been put in the place of ours, and need have no `model` in it
+        encoders = {"image": self.image_encoder, "text": self.text_encoder}
+        return {part: getattr(encoder, "model", encoder) for part, encoder in encoders.items()}
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        return {"image": self.image_projection, "text": self.text_projection}
+
+    def architecture(self) -> object:
+        """The transformers configuration that, with `cfg`, rebuilds this model without a hub."""
+        return self.text_encoder.model.config
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.image_projection(self.image_encoder(pixels))  # (B, 3, S, S) -> (B, D) -> (B, P)
+
+    def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.text_projection(features_in_chunks(self.text_encoder, input_ids, attention_mask))
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raise UserError where a tokenizer knows more tokens than a text tower has embeddings."""
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"text_tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: "
+            "leave text_tokenizer empty for the encoder's own"
+        )

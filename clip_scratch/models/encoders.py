@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, suggest
-from ..hub import SMALL_BERTS, hub_access, hub_name, local_path
+from ..hub import SMALL_BERTS, hub_access, hub_name, local_path, no_loading_bar
 
 # Architectures that can be built from random weights without asking a hub for their configuration
 _KNOWN_CONFIGS = {
@@ -53,13 +53,9 @@ class ImageEncoder(Tower):
         trainable: bool = True,
         weights: str = "",
         size: int | None = None,
-        frozen_blocks: int = 0,
-        freeze_batch_norm: bool = False,
     ):
         super().__init__(trainable)
         import timm
-
-        self.freeze_batch_norm = freeze_batch_norm
 
         if not timm.is_model(model_name):
             options = suggest(model_name, timm.list_models())
@@ -81,49 +77,34 @@ class ImageEncoder(Tower):
                 load_weights(self.model, local_path(weights, "image_weights") or Path(weights))
         config = timm.data.resolve_model_data_config(self.model)
         self.mean, self.std = config["mean"], config["std"]
+        self.size = size or config["input_size"][-1]
         self.out_dim = self.model.num_features
         if hasattr(self.model, "head_hidden_size"):  # a few families pool to another width than their last stage
             self.out_dim = self.model.head_hidden_size
-        self.requires_grad_(trainable)
-        if trainable and frozen_blocks:
-            self._freeze_first(frozen_blocks)
-        self.train(trainable)
-
-    def _freeze_first(self, n: int) -> None:
-        """Freeze the stem and the first `n` blocks, as timm groups the family's parameters into blocks."""
-        from timm.models import group_parameters
-
-        blocks = group_parameters(self.model, self.model.group_matcher(coarse=True))  # number -> names; the stem is 0
-        if n >= max(blocks):
-            raise UserError(f"image_frozen_blocks {n}: the image tower has {max(blocks)} blocks, and one must train")
-        trained = {name for number, names in blocks.items() if number > n for name in names}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in trained)
-
-    def train(self, mode: bool = True) -> ImageEncoder:
-        super().train(mode)
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                frozen = self.freeze_batch_norm or (module.affine and not module.weight.requires_grad)
-                module.train(module.training and not frozen)
-        return self
-
-    def compute_trained_part_in_fp32(self) -> None:
-        """Let autocast reach the frozen blocks alone: the others compute, and take their input, in fp32."""
-        for child in self.model.children():
-            for unit in child if isinstance(child, nn.Sequential) else [child]:
-                if any(p.requires_grad for p in unit.parameters()):
-                    # a bound method, so that a deep copy of the tower (the averaged model) calls its own weights
-                    unit.forward = types.MethodType(_forward_in_fp32, unit)
+        self._freeze_if_asked()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model(pixels)  # (B, 3, S, S) -> (B, D)
 
 
-def _forward_in_fp32(self: nn.Module, x: torch.Tensor, *more: object, **named: object) -> torch.Tensor:
+def compute_trained_part_in_fp32(network: nn.Module) -> None:
+    """Let autocast reach the frozen blocks of a tower alone: the others compute, and take their input, in fp32."""
+    for child in network.children():
+        for unit in child if isinstance(child, nn.Sequential) else [child]:
+            if any(p.requires_grad for p in unit.parameters()):
+                # a bound method, so that a deep copy of the tower (the averaged model) calls its own weights
+                unit.forward = types.MethodType(_forward_in_fp32, unit)
+
+
+def _forward_in_fp32(self: nn.Module, *inputs: object, **named: object) -> object:
     """The module's own forward, out of autocast's reach."""
-    with torch.autocast(x.device.type, enabled=False):
-        return type(self).forward(self, x.float(), *more, **named)
+    inputs = [_in_fp32(value) for value in inputs]
+    with torch.autocast(next(self.parameters()).device.type, enabled=False):
+        return type(self).forward(self, *inputs, **{name: _in_fp32(value) for name, value in named.items()})
+
+
+def _in_fp32(value: object) -> object:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 class TextEncoder(Tower):
@@ -187,7 +168,8 @@ def _load(model_name: str, auto_class, remedy: str):
     path = local_path(model_name, "text_encoder_model")
     if path is not None:
         try:
-            return auto_class.from_pretrained(path, local_files_only=True)
+            with no_loading_bar():
+                return auto_class.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"text_encoder_model: {path} holds no transformers model that fits: {reason}") from error

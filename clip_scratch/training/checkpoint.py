@@ -3,7 +3,8 @@
 runs/x/config.json      the settings
 runs/x/metrics.jsonl    a line per epoch
 runs/x/best/            model.safetensors (weights; epoch, metrics and git commit in its header), config.json,
-                        text_config.json, metrics.json and the tokenizer's files: all that `load` needs
+                        text_config.json (or clip_config.json, of a pretrained CLIP), metrics.json and the
+                        tokenizer's files: all that `load` needs
 runs/x/last/training.pt weights, optimiser, schedule, random states and progress: all that a resume needs
 """
 
@@ -23,9 +24,11 @@ import torch
 
 from ..config import CFG
 from ..errors import UserError
-from ..models.clip import CLIPModel
+from ..models.build import model_class
+from ..models.clip import DualEncoder
+from ..models.freezing import merged_state
 
-WEIGHTS, STATE, SETTINGS, TEXT_SETTINGS = "model.safetensors", "training.pt", "config.json", "text_config.json"
+WEIGHTS, STATE, SETTINGS = "model.safetensors", "training.pt", "config.json"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -63,20 +66,23 @@ def git_commit() -> str:
     return ""
 
 
-def prepare_best(folder: Path, model: CLIPModel, cfg: CFG) -> None:
-    """Write what of `best/` never changes: settings, tokenizer, text tower's configuration."""
+def prepare_best(folder: Path, model: DualEncoder, cfg: CFG) -> None:
+    """Write what of `best/` never changes: settings, tokenizer, the transformers configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, dataclasses.asdict(cfg))
-    write_json(folder / TEXT_SETTINGS, model.text_encoder.model.config.to_dict())
+    write_json(folder / model.ARCHITECTURE, json.loads(model.architecture().to_json_string(use_diff=False)))
     model.tokenizer.save_pretrained(folder)
 
 
 def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[str, float]) -> None:
-    """Replace the weights of `best/` in one rename; their header tells the epoch, the metrics and the commit."""
+    """Replace the weights of `best/` in one rename; their header tells the epoch, the metrics and the commit.
+
+    LoRA's updates are merged into the weights, so that whoever loads them needs no PEFT.
+    """
     from safetensors.torch import save_file
 
     header = {"format": "pt", "epoch": str(epoch), "metrics": json.dumps(metrics), "git_commit": git_commit()}
-    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.contiguous().cpu() for name, tensor in merged_state(model).items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata=header))
     write_json(folder / "metrics.json", {"epoch": epoch, **metrics, "git_commit": header["git_commit"]})
 
@@ -94,26 +100,31 @@ def run_config(folder: str | Path) -> CFG:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def bare_model(best: Path) -> CLIPModel:
+def bare_model(best: Path, training: bool = False) -> DualEncoder:
     """The model that the static files of a `best/` folder describe, with random weights: no hub is asked.
 
-    Raises UserError where the folder is no run's.
+    For `training` with LoRA's matrices, where its settings have them. Raises UserError where the folder is no
+    run's.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     cfg = run_config(best)
+    kind = model_class(cfg)
     try:
-        text_config = AutoConfig.for_model(**json.loads((best / TEXT_SETTINGS).read_text()))
-        tokenizer = AutoTokenizer.from_pretrained(best, config=text_config, local_files_only=True)
+        architecture = AutoConfig.for_model(**json.loads((best / kind.ARCHITECTURE).read_text()))
+        tokenizer = AutoTokenizer.from_pretrained(best, config=architecture, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{best} is damaged: {str(error).splitlines()[0]}") from error
     bare = dataclasses.replace(cfg, pretrained=False, image_weights="", text_tokenizer="")
-    model = CLIPModel(bare, tokenizer, text_config)
+    if not training:
+        merged = {name: "full" for name in ("image_freezing", "text_freezing") if getattr(cfg, name) == "lora"}
+        bare = dataclasses.replace(bare, **merged)
+    model = kind(bare, tokenizer, architecture)
     model.cfg = cfg
     return model
 
 
-def load(path: str | Path, device: str = "cpu") -> CLIPModel:
+def load(path: str | Path, device: str = "cpu") -> DualEncoder:
     """The trained model of a run folder or of its `best/`, in eval mode; no hub and no flag is needed.
 
     Raises UserError where the folder is no run, has no best model yet, or holds damaged weights.

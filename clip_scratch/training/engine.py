@@ -24,8 +24,9 @@ from .losses import LOSSES
 class Step:
     """What one optimiser step did, for whoever watches: the progress bar, the log, the checkpoint."""
 
-    number: int  # batches of this epoch done, this one included
-    loss: float
+    number: int  # batches of this epoch done, this step's included
+    loss: float  # mean of its batches
+    batches: int
     images: int
     captions: int
     seconds: float  # data and computation of this step
@@ -52,7 +53,7 @@ def loss_of(model: nn.Module, batch: Batch, cfg: CFG) -> tuple[torch.Tensor, tor
     with autocast(cfg, model.device):
         image_embeddings, text_embeddings = model(batch)  # (B, P), (C, P)
     loss = LOSSES[cfg.loss]
-    if model.logit_bias is not None:
+    if cfg.loss == "sigmoid":
         loss = partial(loss, logit_bias=model.logit_bias)
     ids = batch["image_ids"], batch["caption_image_ids"], batch["caption_ids"]
     return loss(image_embeddings, text_embeddings, model.logit_scale, *ids), image_embeddings
@@ -69,26 +70,32 @@ def train_epoch(
     average: nn.Module | None = None,
     on_step: Callable[[Step], object] = lambda step: None,
 ) -> None:
-    """One pass over `loader`'s batches: forward, loss, backward, clip, step.
+    """One pass over `loader`'s batches: forward, loss, backward, and every `accumulation` batches a step.
 
-    `average` is an exponential moving average of the model to update, if any. `on_step` sees every step and
-    may raise to stop between two steps. Raises UserError at a non-finite loss or gradient, before it reaches
-    the weights.
+    The gradients of those batches are averaged, and clipped together; the negatives of a caption are still those
+    of its own batch. `average` is an exponential moving average of the model to update, if any. `on_step` sees
+    every step and may raise to stop between two steps. Raises UserError at a non-finite loss or gradient, before
+    it reaches the weights.
     """
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    began = time.perf_counter()
+    last = len(loader.batches)
+    began, done = time.perf_counter(), []
     for number, batch in enumerate(loader, start=loader.batches.skip + 1):
         batch = to_device(batch, model.device)
         loss, image_embeddings = loss_of(model, batch, cfg)
         value = loss.item()
         if not math.isfinite(value):
             raise _not_finite("loss", value, number, batch)
-        optimizer.zero_grad(set_to_none=True)
-        if scaler is None:
-            loss.backward()
-        else:
-            scaler.scale(loss).backward()
+        if not done:
+            optimizer.zero_grad(set_to_none=True)
+            together = min(cfg.accumulation, last - number + 1)  # fewer at the end of an epoch
+        loss = loss / together
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        done.append((value, len(batch["pixels"]), len(batch["input_ids"])))
+        if len(done) < together:
+            continue
+        if scaler is not None:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
         if scaler is None:
@@ -103,9 +110,9 @@ def train_epoch(
         if average is not None:
             average.update_parameters(model)
         now = time.perf_counter()
-        images, captions = len(batch["pixels"]), len(batch["input_ids"])
-        on_step(Step(number, value, images, captions, now - began, _spread(image_embeddings)))
-        began = time.perf_counter()
+        losses, images, captions = map(sum, zip(*done, strict=True))
+        on_step(Step(number, losses / together, together, images, captions, now - began, _spread(image_embeddings)))
+        began, done = time.perf_counter(), []
 
 
 def _not_finite(what: str, value: float, number: int, batch: Batch) -> UserError:

@@ -39,11 +39,20 @@ def chance_loss(n_images: int, n_captions: int) -> float:
 
 
 def warnings_for(
-    *, loss: str, train_loss: float, chance: float, spread: float, logit_scale: float, rsum: float, start_rsum: float
+    *,
+    loss: str,
+    train_loss: float,
+    chance: float,
+    spread: float,
+    logit_scale: float,
+    start_logit_scale: float,
+    rsum: float,
+    start_rsum: float,
 ) -> list[str]:
     """What an experienced eye would say of this epoch; [] where nothing is wrong.
 
-    `chance` is `chance_loss` of a batch; `spread` the mean cosine of different images in a batch.
+    `chance` is `chance_loss` of a batch; `spread` the mean cosine of different images in a batch. A pretrained
+    CLIP may start at the clamp of its temperature, which then says nothing.
     """
     said = []
     if loss == "infonce" and train_loss > 0.98 * chance:
@@ -56,7 +65,7 @@ def warnings_for(
             f"the image embeddings have collapsed (mean cosine of different images {spread:.2f}). "
             "Lower the learning rates or use a larger batch"
         )
-    if logit_scale > 99.5:
+    if logit_scale > 99.5 > start_logit_scale:
         said.append(
             "the learned temperature has hit its clamp (logit scale 100). Often the model memorises: "
             "look at the validation recall, use more regularisation or fewer epochs"

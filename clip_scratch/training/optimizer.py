@@ -11,48 +11,62 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..config import CFG
 from ..errors import UserError
+from ..models.clip import DualEncoder
+from ..models.freezing import places
 
 
-def build_optimizer(model: nn.Module, cfg: CFG) -> torch.optim.AdamW:
+def build_optimizer(model: DualEncoder, cfg: CFG) -> torch.optim.AdamW:
     """AdamW with a learning rate each for the image tower, the text tower and the heads.
 
-    Norms, biases and the temperature are not decayed. Raises UserError where no parameter trains.
+    LoRA's updates have a rate of their own, and with `layer_decay` each block's is lower than that of the block
+    above it (Clark et al. 2020, arXiv:2003.10555). Norms, biases and the temperature are not decayed. Raises
+    UserError where no parameter trains.
     """
     rates = {"image": cfg.image_encoder_lr, "text": cfg.text_encoder_lr, "head": cfg.head_lr}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
+    for place, parameter in places(model):
         if parameter.requires_grad:
-            part = {"image_encoder": "image", "text_encoder": "text"}.get(name.partition(".")[0], "head")
-            groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
+            rate = (cfg.lora_lr if place.is_lora else rates[place.part]) * cfg.layer_decay**place.below_top
+            groups.setdefault((place.part, rate, parameter.ndim >= 2), []).append(parameter)
     if not groups:
         raise UserError("nothing to train: every parameter is frozen")
     return torch.optim.AdamW(
         [
-            {"params": parameters, "lr": rates[part], "weight_decay": cfg.weight_decay if decay else 0.0, "part": part}
-            for (part, decay), parameters in groups.items()
+            {"params": parameters, "lr": rate, "weight_decay": cfg.weight_decay if decay else 0.0, "part": part}
+            for (part, rate, decay), parameters in groups.items()
         ],
         fused=True,
     )
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The present rate of each part: image_encoder_lr, text_encoder_lr, head_lr. A frozen tower's is 0."""
+    """The present rate of each part: image_encoder_lr, text_encoder_lr, head_lr. A frozen tower's is 0.
+
+    With `layer_decay` a tower's rate is that of its last block.
+    """
+    rates = {"image_encoder_lr": 0.0, "text_encoder_lr": 0.0, "head_lr": 0.0}
     names = {"image": "image_encoder_lr", "text": "text_encoder_lr", "head": "head_lr"}
-    return dict.fromkeys(names.values(), 0.0) | {names[group["part"]]: group["lr"] for group in optimizer.param_groups}
+    for group in optimizer.param_groups:
+        name = names[group["part"]]
+        rates[name] = max(rates[name], group["lr"])
+    return rates
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int) -> LambdaLR | ReduceLROnPlateau:
     """ "plateau": lower the rates when the validation rsum stalls. "cosine": warm up linearly, then fall to zero.
 
-    A plateau scheduler steps once an epoch with the rsum; a cosine one once an optimiser step.
+    A plateau scheduler steps once an epoch with the rsum; a cosine one once an optimiser step. The warm-up takes
+    a fifth of a short run at most.
     """
     if cfg.scheduler == "plateau":
         return ReduceLROnPlateau(optimizer, mode="max", patience=cfg.patience, factor=cfg.factor)
 
+    warmup = min(cfg.warmup_steps, total_steps // 5)
+
     def multiplier(step: int) -> float:
-        if step < cfg.warmup_steps:
-            return (step + 1) / cfg.warmup_steps
-        done = (step - cfg.warmup_steps) / max(1, total_steps - cfg.warmup_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, total_steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return LambdaLR(optimizer, multiplier)

@@ -1,0 +1,211 @@
+"""How a comparison of runs is shown: text, Markdown, CSV and a bar chart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .bootstrap import RESAMPLES
+from .figures import write_figure
+
+if TYPE_CHECKING:
+    from .comparison import Comparison, Difference, Row
+    from .run_record import RunRecord
+
+_KS = (1, 5, 10)
+_RECALLS = [(way, kind, k) for way, kind in (("i2t", "text"), ("t2i", "image")) for k in _KS]
+_HEADER = [
+    "run", *(f"{way} R@{k}" for way, _, k in _RECALLS),
+    "epochs", "learning rate", "trained", "wall time", "frozen",
+]  # fmt: skip
+_UNKNOWN = "?"
+
+
+def _percent(row: Row) -> list[float]:
+    """The six recalls of a row, in percent."""
+    return [100 * row.measured.metrics[f"{kind}_retrieval_recall@{k}"] for _, kind, k in _RECALLS]
+
+
+def _cells(comparison: Comparison, bold: tuple[str, str]) -> list[list[str]]:
+    """The rows as strings, the best figure of each recall between the two marks of `bold`."""
+    figures = [[f"{value:.1f}" for value in _percent(row)] for row in comparison.rows]
+    best = [max(column, key=float) for column in zip(*figures, strict=True)]
+    lines = []
+    for number, (row, values) in enumerate(zip(comparison.rows, figures, strict=True)):
+        record = row.record
+        marked = [bold[0] + v + bold[1] if v == top else v for v, top in zip(values, best, strict=True)]
+        for way in (0, 1):
+            low, high = 100 * comparison.intervals[:, number, way]
+            marked[way * len(_KS)] += f" [{low:.1f}, {high:.1f}]"
+        lines.append(
+            [
+                row.name, *marked, _epochs(record), record.learning_rates, _count(record.trained_parameters),
+                _duration(record.wall_seconds), record.frozen,
+            ]
+        )  # fmt: skip
+    return lines
+
+
+def _epochs(record: RunRecord) -> str:
+    if record.epochs is None:
+        return _UNKNOWN
+    return f"{record.epochs} (best {record.best_epoch})" if record.epochs else "0"
+
+
+def _count(n: int | None) -> str:
+    if n is None:
+        return _UNKNOWN
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return str(n)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return _UNKNOWN
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _headline(comparison: Comparison) -> str:
+    return (
+        f"{comparison.split}: {comparison.n_images:,} images, {comparison.n_captions:,} captions. Recalls in percent; "
+        f"in brackets the 95 % interval of R@1 ({RESAMPLES:,} bootstrap resamples of the images)."
+    )
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What the reader of the table should know besides."""
+    notes = []
+    for row in comparison.rows:
+        alpha = row.record.wise_ft_alpha
+        if row.record.epochs and row.record.best_epoch == 0:
+            notes.append(f"{row.name}: no epoch was better than the untouched model, which was kept.")
+        if alpha is not None:
+            notes.append(f"{row.name}: {alpha:g} of the fine-tuned weights, the rest zero-shot (WiSE-FT).")
+    if comparison.n_ambiguous:
+        notes.append(ambiguity(comparison.n_ambiguous, comparison.n_captions))
+    return notes + comparison.notes
+
+
+def ambiguity(n_ambiguous: int, n_captions: int) -> str:
+    """The sentence on captions that stand under several images."""
+    return (
+        f"{n_ambiguous:,} of {n_captions:,} captions are ambiguous: the same words stand under another image, so no "
+        "model can be sure of them."
+    )
+
+
+_DIFFERENCES = "R@1 minus that of zero-shot, in percentage points, with the paired 95 % interval:"
+
+
+def _difference_line(difference: Difference) -> str:
+    ways, apart = [], []
+    triples = zip(difference.value, difference.low, difference.high, strict=True)
+    for way, triple in zip(("i2t", "t2i"), triples, strict=True):
+        value, low, high = (round(100 * x, 6) + 0.0 for x in triple)  # equal recalls may differ by a rounding error
+        ways.append(f"{way} {value:+.1f} [{low:+.1f}, {high:+.1f}]")
+        if low > 0 or high < 0:
+            apart.append(way)
+    verdict = ["neither interval excludes 0", f"only {''.join(apart)} excludes 0", "both exclude 0"][len(apart)]
+    return f"{difference.name} - {difference.zero_shot}: {', '.join(ways)}: {verdict}"
+
+
+def text(comparison: Comparison, ansi: bool = False) -> str:
+    """Columns for a terminal: the best figures bold in `ansi` codes, else with a star."""
+    plain = [_HEADER, *_cells(comparison, ("", "") if ansi else ("", "*"))]
+    shown = [_HEADER, *_cells(comparison, ("\033[1m", "\033[0m"))] if ansi else plain
+    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
+    lines = []
+    for bare, cells in zip(plain, shown, strict=True):  # codes have no width
+        padded = [cell + " " * (width - len(b)) for cell, b, width in zip(cells, bare, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    star = [] if ansi else ["* the best of its column"]
+    differences = [_difference_line(difference) for difference in comparison.differences]
+    below = [*([_DIFFERENCES, *differences, ""] if differences else []), *_notes(comparison)]
+    return "\n".join([_headline(comparison), "", *lines, *star, "", *below]).rstrip()
+
+
+def markdown(comparison: Comparison) -> str:
+    """A Markdown table with bold best figures, between a headline and the notes."""
+    rule = ["---", *["---:"] * len(_RECALLS), "---:", "---", "---:", "---:", "---"]
+    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in _cells(comparison, ("**", "**"))]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, rule, *rows)]
+    parts = ["\n".join(lines)]
+    if comparison.differences:
+        listed = [f"- {_difference_line(difference)}" for difference in comparison.differences]
+        parts.append("\n".join([_DIFFERENCES, "", *listed]))
+    return "\n\n".join([_headline(comparison), *parts, *_notes(comparison)]) + "\n"
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line a row: recalls, interval ends and differences to zero-shot in percent; empty where unknown."""
+    ways, ends = ("i2t", "t2i"), ("low", "high")
+    header = ["run", "zero_shot", "model_name", "split", "n_images", "n_captions"]
+    header += [f"{way}_r@{k}" for way, _, k in _RECALLS]
+    header += [f"{way}_r@1_{end}" for way in ways for end in ends]
+    header += [f"{way}_r@1_minus_zero_shot{end}" for way in ways for end in ("", "_low", "_high")]
+    header += ["epochs", "best_epoch", "learning_rate", "trained_parameters", "wall_seconds", "frozen", "wise_ft_alpha"]
+    differences = {difference.name: difference for difference in comparison.differences}
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    for number, row in enumerate(comparison.rows):
+        difference = differences.get(row.name)
+        parts = (difference.value, difference.low, difference.high) if difference else None
+        figures = [
+            *_percent(row),
+            *(100 * comparison.intervals[:, number].T).ravel(),
+            *(100 * np.stack(parts, 1).ravel() if parts else [None] * 6),
+        ]
+        record = row.record
+        writer.writerow(
+            [
+                row.name, int(row.is_zero_shot), row.model_name,
+                comparison.split, comparison.n_images, comparison.n_captions,
+                *("" if value is None else f"{value:.6g}" for value in figures),
+                record.epochs, record.best_epoch, record.learning_rates, record.trained_parameters,
+                record.wall_seconds, record.frozen, record.wise_ft_alpha,
+            ]
+        )  # fmt: skip
+    return out.getvalue()
+
+
+def chart(comparison: Comparison, path: str | Path) -> Path:
+    """Write R@1 both ways as bars, a pair for each row, with the 95 % intervals as error bars."""
+    from matplotlib.figure import Figure
+
+    rows = comparison.rows
+    figure = Figure(figsize=(9, 1.8 + 0.75 * len(rows)), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    middle = np.arange(len(rows))
+    height = 0.38
+    right = 100 * comparison.intervals[1].max()
+    for way, (label, colour) in enumerate((("image to text", "#5b9fb8"), ("text to image", "#e08e45"))):
+        values = np.array([_percent(row)[way * len(_KS)] for row in rows])
+        low, high = 100 * comparison.intervals[:, :, way]
+        place = middle + (way - 0.5) * height
+        axis.barh(place, values, height, label=label, color=colour)
+        # The value may lie outside a percentile interval of few images; an error bar has no negative length
+        errors = np.maximum(0, [values - low, high - values])
+        axis.errorbar(values, place, xerr=errors, fmt="none", ecolor="#333333", elinewidth=1.2, capsize=3)
+        for value, top, y in zip(values, high, place, strict=True):
+            axis.text(max(value, top) + 0.01 * max(right, 1), y, f"{value:.1f}", va="center", fontsize=9)
+    axis.set_yticks(middle, [textwrap.fill(row.name, 28) for row in rows], parse_math=False)
+    axis.invert_yaxis()  # the first row on top, as in the table
+    axis.set_xlim(0, 1.12 * max(right, 1))
+    axis.set_xlabel("R@1 in percent, with its 95 % interval")
+    axis.set_title(
+        f"{comparison.split}: {comparison.n_images:,} images, {comparison.n_captions:,} captions", fontsize=11
+    )
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return write_figure(figure, path)

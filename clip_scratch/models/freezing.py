@@ -1,0 +1,176 @@
+"""Which parameters of a tower train: one vocabulary for every tower, ours or a pretrained CLIP's.
+
+frozen    neither the tower nor its head
+heads     the head alone
+first:N   all but the stem and the first N blocks
+last:N    the last N blocks, what follows them, and the head
+lora      low-rank updates of the blocks' weights, and the head (Hu et al. 2021, arXiv:2106.09685)
+full      everything
+
+A block is a transformer layer, or a stage of a convolutional network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..config import CFG
+from ..errors import UserError
+
+_ADAPTER = "default"  # PEFT's name for the only set of LoRA matrices that there is here
+
+
+class Place(NamedTuple):
+    """Where a parameter sits."""
+
+    part: str  # image, text or head
+    below_top: int  # blocks between it and the top of its tower; 0 in the last block and in a head
+    is_lora: bool
+
+
+def policies(cfg: CFG) -> dict[str, str]:
+    """What each tower's freezing comes to: the tutorial's `trainable=False` means that only its head trains."""
+    asked = {"image": (cfg.image_freezing, cfg.image_trainable), "text": (cfg.text_freezing, cfg.text_trainable)}
+    return {
+        part: policy if policy == "frozen" or (cfg.trainable and trainable) else "heads"
+        for part, (policy, trainable) in asked.items()
+    }
+
+
+def freeze(model: nn.Module, cfg: CFG) -> None:
+    """Set what trains in a dual encoder, by `image_freezing` and `text_freezing`.
+
+    Raises UserError where a tower has fewer blocks than are to be frozen or trained, where nothing would train,
+    and for lora without PEFT.
+    """
+    asked = policies(cfg)
+    if set(asked.values()) == {"frozen"}:
+        raise UserError("nothing to train: image_freezing and text_freezing are both frozen")
+    for part, policy in asked.items():
+        tower, head = model.towers[part], model.heads[part]
+        _freeze_tower(tower, policy, f"{part}_freezing", cfg.lora_rank)
+        head.requires_grad_(policy != "frozen")  # after the tower: SigLIP's heads are parts of its towers
+
+
+def _freeze_tower(tower: nn.Module, policy: str, setting: str, rank: int) -> None:
+    kind, _, count = policy.partition(":")
+    if kind == "lora":
+        _add_lora(tower, rank, setting)
+        return
+    number, depth = blocks(tower)
+    n = int(count or 0)
+    if kind == "first" and n >= depth:
+        raise UserError(f"{setting} {policy}: the tower has {depth} blocks, and one must train (or set it to heads)")
+    if kind == "last" and n > depth:
+        raise UserError(f"{setting} {policy}: the tower has {depth} blocks")
+    nothing = depth + 2
+    lowest = {"frozen": nothing, "heads": nothing, "full": 0, "first": n + 1, "last": depth - n + 1}[kind]
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(number[name] >= lowest)
+
+
+def blocks(tower: nn.Module) -> tuple[dict[str, int], int]:
+    """The block of each parameter by name, counted from 1, and how many blocks there are.
+
+    The stem (embeddings, first convolution) is 0; what comes after the last block is one more than the depth.
+    """
+    names = [name for name, _ in tower.named_parameters()]
+    network, prefix = (tower.timm_model, "timm_model.") if hasattr(tower, "timm_model") else (tower, "")
+    if hasattr(network, "group_matcher"):  # timm knows the blocks of its families
+        from timm.models import group_parameters
+
+        # The last group is of what belongs to no block, as "" does in every family
+        named = SimpleNamespace(named_parameters=lambda: [*network.named_parameters(), ("", None)])
+        groups = group_parameters(named, network.group_matcher(coarse=True))  # number -> names; the stem is 0
+        return {prefix + name: number for number, group in groups.items() for name in group if name}, max(groups) - 1
+    lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        return dict.fromkeys(names, 1), 1
+    # The list that holds most of the weights; the outermost of equals
+    path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    inside = [name.startswith(f"{path}.") for name in names]
+    number, passed = {}, False
+    for name, is_inside in zip(names, inside, strict=True):
+        passed = passed or is_inside
+        own = int(name[len(path) + 1 :].partition(".")[0]) + 1 if is_inside else 0
+        number[name] = own if is_inside else (len(layers) + 1 if passed else 0)
+    return number, len(layers)
+
+
+def places(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
+    """Every parameter of a dual encoder with its place; what is in no tower belongs to the heads."""
+    heads = {id(p) for head in model.heads.values() for p in head.parameters()}
+    place_of: dict[int, Place] = {}
+    for part, tower in model.towers.items():
+        number, depth = blocks(tower)
+        for name, parameter in tower.named_parameters():
+            if id(parameter) not in heads:
+                place_of[id(parameter)] = Place(part, max(0, depth - number[name]), ".lora_" in name)
+    for parameter in model.parameters():
+        yield place_of.get(id(parameter), Place("head", 0, False)), parameter
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(trained, all) parameters of the image tower, the text tower and the heads."""
+    counts = dict.fromkeys(("image", "text", "head"), (0, 0))
+    for place, parameter in places(model):
+        trained, total = counts[place.part]
+        counts[place.part] = (trained + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    return counts
+
+
+def keep_frozen_in_eval(tower: nn.Module, freeze_batch_norm: bool = False) -> None:
+    """Put what is frozen back into eval mode, after `train()`: its dropout is off, its batch statistics stay.
+
+    With `freeze_batch_norm` every batch norm keeps its statistics, trained or not.
+    """
+    for module in tower.modules():
+        parameters = list(module.parameters())
+        frozen = parameters and not any(p.requires_grad for p in parameters)
+        if frozen or (freeze_batch_norm and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            module.eval()
+
+
+def _add_lora(tower: nn.Module, rank: int, setting: str) -> None:
+    """Wrap the linear layers and dense convolutions of a tower's blocks in place; only their updates train."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(f"{setting} lora needs another library: pip install 'clip_scratch[lora]'") from error
+
+    number, depth = blocks(tower)
+    inside_attention = tuple(
+        f"{name}." for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)
+    )  # torch's attention reads its projection's weight past its forward, and LoRA with it
+    targets = [
+        name
+        for name, module in tower.named_modules()
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and 1 <= number[f"{name}.weight"] <= depth
+        and not (inside_attention and name.startswith(inside_attention))
+    ]
+    if not targets:
+        raise UserError(f"{setting} lora: the tower's blocks have no linear layers. Set it to full, first:N or last:N")
+    pattern = "|".join(map(re.escape, targets))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern), tower, _ADAPTER)
+
+
+def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with LoRA's updates added to the weights: that of the same model without LoRA."""
+    state = model.state_dict()
+    if not any(".lora_" in name for name in state):
+        return state
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = f"{name}.base_layer.weight"
+            with torch.no_grad():
+                state[weight] = state[weight] + module.get_delta_weight(_ADAPTER).view_as(state[weight])
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}

@@ -1,0 +1,217 @@
+"""A pretrained CLIP of transformers behind the interface of our own dual encoder.
+
+Any model with CLIP's two towers: CLIP, SigLIP and SigLIP 2, Chinese-CLIP, VisionTextDualEncoder. The size of its
+images, its pixel statistics, its tokenizer and its longest caption are its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import CFG
+from ..data.tokenizer import build_tokenizer
+from ..errors import UserError
+from ..hub import hub_access, local_path, no_loading_bar
+from .clip import MAX_LOGIT_SCALE, DualEncoder, check_vocabulary, features_in_chunks
+from .encoders import compute_trained_part_in_fp32
+from .freezing import freeze
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+OPENAI_BASE = "openai/clip-vit-base-patch32"  # its architecture is the default of transformers' CLIPConfig
+
+_REMEDY = (
+    "Download it where there is a network (hf download NAME --local-dir FOLDER) and set --model-name to that folder"
+)
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers; the others are hardly used, and bicubic is the nearest
+
+
+class HFCLIPModel(DualEncoder):
+    """A transformers model with `get_image_features` and `get_text_features`, as `hf`.
+
+    `tokenizer` and `hf_config` rebuild a saved model without a hub; its weights and pixel statistics are then to
+    be loaded. Raises UserError for a model that is not of this kind or cannot be had.
+    """
+
+    ARCHITECTURE = "clip_config.json"  # of a run's best/: what `hf_config` is
+
+    def __init__(
+        self,
+        cfg: CFG | type[CFG],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        hf_config: PretrainedConfig | None = None,
+    ):
+        super().__init__()
+        cfg = cfg() if isinstance(cfg, type) else cfg
+        self.hf = _random(hf_config) if hf_config is not None else _from_source(cfg)
+        config = self.hf.config
+        if not all(hasattr(self.hf, name) for name in ("get_image_features", "get_text_features", "logit_scale")):
+            raise UserError(f"model_name {cfg.model_name!r} is a {config.model_type} model, without CLIP's two towers")
+        own = {} if hf_config is not None else _image_geometry(cfg)
+        mean, std = (own.pop(name, [0.5] * 3) for name in ("mean", "std"))
+        if cfg.size and own and cfg.size != own["size"]:
+            raise UserError(f"size {cfg.size}: {cfg.model_name} takes {own['size']} pixels a side. Leave --size at 0")
+        if cfg.loss == "auto":
+            own["loss"] = "sigmoid" if hasattr(self.hf, "logit_bias") else "infonce"
+        self.cfg = cfg = dataclasses.replace(cfg, projection_dim=_projection_dim(config), **own)
+
+        self.tokenizer = tokenizer or build_tokenizer(dataclasses.replace(cfg, text_encoder_model=cfg.model_name))
+        if cfg.text_tokenizer:
+            check_vocabulary(self.tokenizer, config.text_config.vocab_size)
+        positions = getattr(config.text_config, "max_position_embeddings", None) or cfg.max_length
+        if config.text_config.model_type in {"roberta", "xlm-roberta", "camembert"}:
+            positions -= 2  # they count from the padding's
+        self.tokenizer.model_max_length = min(cfg.max_length, positions, self.tokenizer.model_max_length)
+        # SigLIP (Zhai et al. 2023) was trained on captions padded to one length, and no mask hides the padding
+        self.padded_length = positions if config.model_type.startswith("siglip") else None
+
+        # Saved with the weights, so that a run needs no other file of the model's
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
+        self.own_bias = None
+        if cfg.loss == "sigmoid" and not hasattr(self.hf, "logit_bias"):
+            self.own_bias = nn.Parameter(torch.tensor(-10.0))
+        # A model may have been trained beyond CLIP's clamp, as SigLIP was
+        highest = self.hf.logit_scale.detach().reshape(()).clamp(min=math.log(MAX_LOGIT_SCALE))
+        self.register_buffer("max_log_scale", highest.clone())
+        self.log_scale.requires_grad_(cfg.loss != "soft_target")
+        freeze(self, cfg)
+        if cfg.image_precision == "fp32":
+            compute_trained_part_in_fp32(getattr(self.towers["image"], "timm_model", self.towers["image"]))
+        if cfg.channels_last:
+            self.towers["image"].to(memory_format=torch.channels_last)
+
+    @property
+    def towers(self) -> dict[str, nn.Module]:
+        return {"image": self.hf.vision_model, "text": self.hf.text_model}
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """What projects into the shared space: a layer of its own, or SigLIP's last layer of each tower."""
+        heads = {"image": "visual_projection", "text": "text_projection"}
+        return {
+            part: getattr(self.hf, name) if hasattr(self.hf, name) else self.towers[part].head
+            for part, name in heads.items()
+        }
+
+    @property
+    def log_scale(self) -> nn.Parameter:
+        return self.hf.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """What the sigmoid loss adds to every logit; None for the other losses."""
+        if self.cfg.loss != "sigmoid":
+            return None
+        return self.hf.logit_bias if self.own_bias is None else self.own_bias
+
+    def architecture(self) -> PretrainedConfig:
+        """The transformers configuration that, with `cfg`, rebuilds this model without a hub."""
+        return self.hf.config
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.hf.config.model_type == "siglip2":
+            return _pooled(self.hf.get_image_features(**_patches(pixels, self.hf.config.vision_config.patch_size)))
+        return _pooled(self.hf.get_image_features(pixel_values=pixels))  # (B, 3, S, S) -> (B, P)
+
+    def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if self.padded_length:
+            length = self.padded_length
+            input_ids = F.pad(input_ids, (0, length - input_ids.shape[1]), value=self.tokenizer.pad_token_id)  # (C, L)
+            if self.tokenizer.padding_side == "left":
+                column = torch.arange(length, device=input_ids.device) + attention_mask.sum(1, keepdim=True)
+                input_ids = input_ids.gather(1, column % length)
+            return _pooled(self.hf.get_text_features(input_ids=input_ids))
+        return features_in_chunks(self._masked_text_features, input_ids, attention_mask)
+
+    def _masked_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return _pooled(self.hf.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
+
+
+def _pooled(output: object) -> torch.Tensor:
+    """The projected features (N, P): transformers before 5.0 gave them as they are."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def _patches(pixels: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    """SigLIP 2's input for images of any shape (NaFlex): (B, 3, S, S) -> its patches, their mask and their grid."""
+    n = pixels.shape[-1] // size
+    patches = pixels.unflatten(2, (n, size)).unflatten(4, (n, size))  # (B, 3, n, size, n, size)
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, n * n, size * size * 3)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": patches.new_ones(patches.shape[:2], dtype=torch.long),
+        "spatial_shapes": torch.full((len(pixels), 2), n, device=pixels.device),
+    }
+
+
+def _random(config: PretrainedConfig) -> nn.Module:
+    from transformers import AutoModel
+
+    return AutoModel.from_config(config, dtype=torch.float32)
+
+
+def _from_source(cfg: CFG) -> nn.Module:
+    """The model of a local folder or a hub name, in fp32; its architecture alone with --no-pretrained."""
+    from transformers import AutoConfig, AutoModel, CLIPConfig
+
+    if not cfg.pretrained:
+        known = cfg.model_name == OPENAI_BASE
+        return _random(CLIPConfig() if known else _load(AutoConfig, cfg.model_name, "the configuration of"))
+    model, loading = _load(
+        AutoModel, cfg.model_name, "the weights of", dtype=torch.float32, output_loading_info=True
+    )  # as they are in the file, they may be in half precision
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"model_name: {cfg.model_name} has no weights for {missing[0]} and {len(missing) - 1} others")
+    return model
+
+
+def _load(auto_class, name: str, what: str, **options: object):
+    """`auto_class.from_pretrained` of a local folder or a hub name; what goes wrong is a UserError."""
+    path = local_path(name, "model_name")
+    if path is None:
+        with hub_access(f"{what} {name!r} (no folder here is called so)", _REMEDY):
+            return auto_class.from_pretrained(name, **options)
+    try:
+        with no_loading_bar():
+            return auto_class.from_pretrained(path, local_files_only=True, **options)
+    except Exception as error:  # transformers, safetensors and torch each have their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model_name: {path} is not a CLIP that transformers can load: {reason}") from error
+
+
+def _image_geometry(cfg: CFG) -> dict[str, object]:
+    """size, resize, interpolation, mean and std of the model's own image processor."""
+    from transformers import AutoImageProcessor, CLIPImageProcessor
+
+    if not cfg.pretrained and cfg.model_name == OPENAI_BASE:
+        processor = CLIPImageProcessor()
+    else:
+        processor = _load(AutoImageProcessor, cfg.model_name, "the image processor of")
+    size = dict(getattr(processor, "size", None) or {})
+    if getattr(processor, "max_num_patches", None):  # SigLIP 2 for images of any shape: the square of so many patches
+        size = {"height": processor.patch_size * int(processor.max_num_patches**0.5)}
+    crop = bool(getattr(processor, "do_center_crop", False))
+    side = dict(processor.crop_size)["height"] if crop else size.get("height") or size.get("shortest_edge")
+    if not side or any(getattr(processor, name, None) is None for name in ("resample", "image_mean", "image_std")):
+        raise UserError(f"model_name: {cfg.model_name} has a {type(processor).__name__}, which does not tell its size")
+    return {
+        "size": int(side),
+        "resize": "crop" if crop else "stretch",
+        "interpolation": _FILTERS.get(int(processor.resample), "bicubic"),
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+    }
+
+
+def _projection_dim(config: PretrainedConfig) -> int:
+    """P: CLIP's own setting, or the width of SigLIP's text head, which is its image tower's too."""
+    own = getattr(config, "projection_dim", None)
+    return own or getattr(config.text_config, "projection_size", None) or config.text_config.hidden_size

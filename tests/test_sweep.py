@@ -1,0 +1,75 @@
+"""The sweep over strategies of freezing: five runs, one table, and that it goes on where it was stopped."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+from PIL import Image
+
+import clip_scratch.report as report
+import clip_scratch.training.engine as engine
+from clip_scratch.errors import UserError
+from clip_scratch.sweep import strategies
+from clip_scratch.train import main
+
+NAMES = ["zero-shot", *strategies(depth=3)]
+
+
+def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, tmp_path, monkeypatch, capsys):
+    """Interrupted in the middle of `full`, gone on with, done again."""
+    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
+    monkeypatch.setattr(report, "report_run", lambda *_: None)
+    cfg = hf_cfg(sweep="freezing", epochs=1, lora_rank=2, run_dir=str(tmp_path / "sweep"))
+    train_epoch, trained = engine.train_epoch, []
+
+    def counted(model, *args, **options):
+        trained.append(model.cfg.image_freezing)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return train_epoch(model, *args, **options)
+
+    monkeypatch.setattr(engine, "train_epoch", counted)
+    with pytest.raises(KeyboardInterrupt, match=f"go on with the same command and --run-dir {tmp_path / 'sweep'}"):
+        main(cfg)
+    folder = main(cfg)
+    assert trained == ["first:1", "heads", "full", "full", "lora"]
+    said = capsys.readouterr().out
+    assert all(f"== {name}" in said for name in NAMES)
+
+    assert {path.name for path in folder.iterdir()} == {*NAMES, *(f"comparison.{x}" for x in ("md", "csv", "png"))}
+    rows = list(csv.reader((folder / "comparison.csv").read_text().splitlines()))
+    assert len(rows) == 1 + len(NAMES) and "zero-shot" in rows[1][0]
+    assert [row[0] for row in rows[2:]] == NAMES[1:]
+    markdown = (folder / "comparison.md").read_text()
+    assert markdown.count("|\n") >= 2 + len(NAMES) and "**" in markdown
+    with Image.open(folder / "comparison.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and min(picture.size) > 100
+
+    counts = {}
+    for name in NAMES:
+        *_, line = (json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines())
+        assert line["epoch"] == (name != "zero-shot")
+        counts[name] = line["trained_parameters"]
+    assert counts["heads"] < counts["lora"] < counts["vision-first-1"] < counts["full"]
+    table = (folder / "comparison.csv").read_text()
+    main(cfg)
+    assert len(trained) == 5 and (folder / "comparison.csv").read_text() == table
+
+
+def test_a_deep_tower_has_its_first_six_blocks_frozen():
+    assert strategies(12)["vision-first-6"]["image_freezing"] == "first:6"
+    assert [next(iter(strategies(depth))) for depth in (7, 6, 1)] == [
+        "vision-first-6",
+        "vision-first-3",
+        "vision-first-0",
+    ]
+
+
+def test_a_sweep_needs_a_pretrained_clip(tiny_cfg, hf_cfg, tmp_path):
+    with pytest.raises(UserError, match="it needs a pretrained CLIP"):
+        main(dataclasses.replace(tiny_cfg, sweep="freezing", run_dir=str(tmp_path / "run")))
+    with pytest.raises(UserError, match="a sweep goes on with the same command and --run-dir somewhere"):
+        main(hf_cfg(sweep="freezing", resume="somewhere"))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,168 @@
+"""WiSE-FT: the mixture by hand, the alpha that validation prefers, and that it is made once."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import clip_scratch.evaluation.retrieval as retrieval
+import clip_scratch.report as report
+from clip_scratch import CFG, load
+from clip_scratch.data.captions import read_captions, split_of
+from clip_scratch.data.loaders import build_loaders
+from clip_scratch.errors import UserError
+from clip_scratch.evaluate import evaluate
+from clip_scratch.train import main
+from clip_scratch.training import checkpoint, wise_ft
+from clip_scratch.training.wise_ft import ZERO_SHOT, interpolate, mix
+
+CPU = torch.device("cpu")
+# Weights that differ from the zero-shot ones in every way that there is
+TRAINING = {"image_freezing": "lora", "text_freezing": "full", "ema": 0.5, "lora_lr": 0.02, "precision": "fp32"}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def scripted(patch, rsums):
+    """Have the epochs, 0 first, reach these `rsums`; a mixture is measured as it is."""
+    real, values = retrieval.recall_at_k, iter(rsums)
+    patch.setattr(retrieval, "recall_at_k", lambda *args: real(*args) | {"rsum": next(values)})
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
+    monkeypatch.setattr(report, "report_run", lambda *_: None)
+
+
+@pytest.fixture
+def unmixed(hf_cfg, plain, tmp_path):
+    """A run (dual_timm: batch norms, LoRA, EMA) that stopped before its mixture: make(alpha) -> its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wise_ft, "mix", lambda *_: "")
+        scripted(patch, [100.0, 200.0, 300.0])
+        run = main(hf_cfg("dual_timm", **TRAINING, wise_ft="auto", run_dir=str(tmp_path / "unmixed")))
+
+    def make(alpha):
+        folder = shutil.copytree(run, tmp_path / f"alpha-{alpha}")
+        settings = json.loads((folder / "config.json").read_text()) | {"wise_ft": alpha}
+        (folder / "config.json").write_text(json.dumps(settings))
+        return folder
+
+    return make
+
+
+def valid_loader(folder):
+    model = load(folder)
+    table = split_of(read_captions(model.cfg), "valid", model.cfg.captions_path)
+    return build_loaders(table, model.tokenizer, "valid", model.cfg)
+
+
+def weights(folder):
+    return load_file(folder / "best/model.safetensors")
+
+
+def test_interpolation_by_hand():
+    zero = {"w": torch.tensor([1.0, -2.0]), "steps": torch.tensor(3), "same": torch.tensor([0.1])}
+    tuned = {"w": torch.tensor([3.0, 2.0]), "steps": torch.tensor(9), "same": torch.tensor([0.1])}
+    mixed = interpolate(zero, tuned, 0.25)
+    assert mixed["w"].tolist() == [1.5, -1.0] and mixed["steps"] == 9 and torch.equal(mixed["same"], zero["same"])
+    assert same(interpolate(zero, tuned, 1.0), tuned)
+    assert same(interpolate(zero, tuned, 0.0), zero | {"steps": tuned["steps"]})
+    assert zero["w"].tolist() == [1.0, -2.0]
+
+
+def test_the_ends_are_the_two_models(unmixed, hf_cfg):
+    zero, one = unmixed("0"), unmixed("1")
+    untouched = checkpoint.load(zero)  # the fine-tuned, still
+    tuned, start = weights(zero), load_file(zero / ZERO_SHOT)
+    assert not same(tuned, start) and same(untouched.state_dict(), tuned)
+    from clip_scratch.models.hf_clip import HFCLIPModel
+
+    assert same(HFCLIPModel(hf_cfg("dual_timm")).state_dict(), start)
+    said = mix(zero, valid_loader(zero), CPU)
+    assert "kept: alpha 0" in said
+    floats = {name for name, tensor in start.items() if tensor.is_floating_point()}
+    assert all(torch.equal(weights(zero)[name], start[name]) for name in floats)
+    first = json.loads((zero / "metrics.jsonl").read_text().splitlines()[0])
+    measured = evaluate(zero)
+    names = [name for name in first if "recall" in name]  # rsum was scripted
+    assert {n: measured[n] for n in names} == pytest.approx({n: first[n] for n in names}, abs=1e-6)
+    mix(one, valid_loader(one), CPU)
+    assert same(weights(one), tuned)
+
+
+def test_a_mixture_by_hand_and_its_figures(unmixed):
+    folder = unmixed("0.3")
+    tuned, start = weights(folder), load_file(folder / ZERO_SHOT)
+    mix(folder, valid_loader(folder), CPU)
+    for name, tensor in weights(folder).items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, 0.7 * start[name] + 0.3 * tuned[name], atol=1e-6, rtol=1e-5)
+    record = json.loads((folder / "best/metrics.json").read_text())
+    assert record["wise_ft_alpha"] == 0.3 and record["epoch"] == 2
+    assert evaluate(folder)["rsum"] == pytest.approx(record["rsum"], abs=1e-6)
+
+
+def test_auto_takes_the_best_and_of_equals_the_more_fine_tuned(unmixed, tmp_path):
+    folder = unmixed("auto")
+    tuned, start, model, loader = weights(folder), load_file(folder / ZERO_SHOT), load(folder), valid_loader(folder)
+    rsums = {}
+    for tenth in range(11):
+        model.load_state_dict(interpolate(start, tuned, tenth / 10))
+        rsums[tenth / 10] = wise_ft.valid_epoch(model, loader, model.cfg)["rsum"]
+    assert len(set(rsums.values())) > 1
+    best = max(alpha for alpha, rsum in rsums.items() if rsum == max(rsums.values()))
+    said = mix(folder, loader, CPU)
+    assert f"kept: alpha {best:g}" in said and said.count("  rsum ") == 11
+    record = json.loads((folder / "best/metrics.json").read_text())
+    assert (record["wise_ft_alpha"], record["rsum"]) == (best, pytest.approx(max(rsums.values())))
+    assert same(weights(folder), interpolate(start, tuned, best))
+
+
+def test_twice_changes_nothing(unmixed, monkeypatch):
+    """Nor does a first time that was killed between the weights and their figures."""
+    folder = unmixed("0.5")
+    loader = valid_loader(folder)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mix(folder, loader, CPU)
+    once = weights(folder)
+    assert "wise_ft_alpha" not in json.loads((folder / "best/metrics.json").read_text())
+    assert "is the mixture with alpha 0.5 already" in mix(folder, loader, CPU)
+    assert same(weights(folder), once)
+    assert json.loads((folder / "best/metrics.json").read_text())["wise_ft_alpha"] == 0.5
+    assert main(CFG(resume=str(folder))) == folder and same(weights(folder), once)
+
+
+def test_a_run_that_ends_with_its_mixture(hf_cfg, plain, tmp_path, monkeypatch, capsys):
+    scripted(monkeypatch, [100.0, 200.0, 150.0])
+    run = main(hf_cfg(**TRAINING | {"wise_ft": "auto"}, run_dir=str(tmp_path / "run")))
+    assert "WiSE-FT, from zero-shot (0) to fine-tuned (1):" in capsys.readouterr().out
+    record = json.loads((run / "best/metrics.json").read_text())
+    assert record["epoch"] == 1 and 0 <= record["wise_ft_alpha"] <= 1
+    assert evaluate(run)["rsum"] == pytest.approx(record["rsum"], abs=1e-6)
+    before = weights(run)
+    main(CFG(resume=str(run)))
+    assert "already" in capsys.readouterr().out and same(weights(run), before)
+
+
+def test_nothing_to_mix(hf_cfg, plain, tmp_path, capsys):
+    run = main(hf_cfg(wise_ft="0.5", epochs=0, run_dir=str(tmp_path / "run")))
+    assert "nothing to mix" in capsys.readouterr().out and same(weights(run), load_file(run / ZERO_SHOT))
+
+
+def test_from_scratch_there_is_nothing_to_mix_with(tiny_cfg, tmp_path):
+    with pytest.raises(UserError, match="wise_ft mixes with zero-shot weights: it needs a pretrained CLIP"):
+        main(dataclasses.replace(tiny_cfg, wise_ft="auto", run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
