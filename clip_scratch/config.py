@@ -58,6 +58,7 @@ class CFG(metaclass=_Settings):
     # Images
     size: int = 224  # side of the square image the model sees, in pixels; 0: what the pretrained image tower was trained with
     resize: Literal["stretch", "crop"] = "stretch"  # evaluation images: stretched to the square, or cropped to it from the centre; a pretrained CLIP brings its own
+    crop_from: int = 0  # with resize crop, the pixels of the shorter side before the centre is cut out; 0: as many as size
     interpolation: Literal["area", "bilinear", "bicubic"] = "area"  # filter of that resize; a pretrained CLIP brings its own
     crop_scale: float = 0.6  # training crops keep at least this fraction of the area; 1: no random crop
     horizontal_flip: float = 0.5  # probability of a mirrored training image
@@ -102,7 +103,7 @@ class CFG(metaclass=_Settings):
     epochs: int = 20  # passes over the training images
     max_steps: int = 0  # stop after so many optimiser steps; 0: no limit
     batch_size: int = 32  # images a batch
-    accumulation: int = 1  # batches whose gradients are summed for one optimiser step; each is its own set of negatives
+    accumulation: int = 1  # batches whose gradients are averaged for one optimiser step; each is its own set of negatives
     head_lr: float = 1e-3  # peak learning rate of the projection heads and the temperature
     image_encoder_lr: float = 1e-4  # peak learning rate of the image tower
     text_encoder_lr: float = 1e-5  # peak learning rate of the text tower
@@ -149,7 +150,7 @@ class CFG(metaclass=_Settings):
 
 # Lowest value that makes sense, for the numbers where a typo would otherwise fail late and obscurely.
 _MINIMUM = {
-    "size": 0, "batch_size": 1, "epochs": 0, "max_length": 3, "projection_dim": 1, "n_scenes": 30, "num_workers": 0,
+    "size": 0, "crop_from": 0, "batch_size": 1, "epochs": 0, "max_length": 3, "projection_dim": 1, "n_scenes": 30, "num_workers": 0,
     "captions_per_image": 0, "max_steps": 0, "patience": 0, "early_stopping": 0, "checkpoint_steps": 1,
     "warmup_steps": 0, "temperature": 1e-6, "factor": 1e-6, "crop_scale": 1e-3, "dropout": 0, "weight_decay": 0,
     "head_lr": 0, "image_encoder_lr": 0, "text_encoder_lr": 0, "grad_clip": 0, "horizontal_flip": 0, "ema": 0,
@@ -164,7 +165,7 @@ _FREEZING = (r"frozen|heads|full|lora|first:\d+|last:[1-9]\d*", "frozen, heads, 
 _FORM = {
     "image_freezing": _FREEZING,
     "text_freezing": _FREEZING,
-    "wise_ft": (r"|auto|0(\.\d+)?|1(\.0+)?", "empty, auto, or a number from 0 to 1"),
+    "wise_ft": (r"|auto|0?\.\d+|0|1(\.0+)?", "empty, auto, or a number from 0 to 1"),
 }
 _TYPES = typing.get_type_hints(CFG)
 
@@ -179,7 +180,7 @@ def _validated(name: str, value: object) -> object:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if kind is str and hasattr(value, "__fspath__"):
+    if kind is str and (hasattr(value, "__fspath__") or (name == "wise_ft" and isinstance(value, int | float))):
         value = str(value)
     if kind is int and not isinstance(value, bool) and hasattr(value, "__index__"):
         value = int(value)  # numpy's integers
@@ -293,6 +294,7 @@ class HFClip(CFG):
     backend = "hf_clip"
     model_name = "openai/clip-vit-base-patch32"
     size = 0
+    freeze_batch_norm = True  # of a convolutional tower: a small data set's statistics are worse than its own
     max_length = 512  # the model's own limit, where that is lower
     crop_scale = 0.8
     loss = "auto"

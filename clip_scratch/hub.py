@@ -76,7 +76,7 @@ def hub_access(what: str, remedy: str) -> Iterator[None]:
     constants.HF_HUB_OFFLINE = offline = before or not _hub_answers(constants.ENDPOINT)
     try:
         yield
-    except (OSError, ValueError) as error:  # transformers and huggingface_hub raise these for a missing model
+    except (OSError, ValueError, ImportError) as error:  # a missing model, or a library that it needs
         if offline:
             reason = f"{constants.ENDPOINT} cannot be reached and nothing is cached here"
         else:

@@ -14,8 +14,9 @@ from .config import CFG
 from .data.captions import image_folder
 from .evaluation.retrieval import format_table
 from .models.freezing import count_parameters, policies
-from .retrieval.embed import get_image_embeddings
+from .retrieval.embed import encode_image
 from .retrieval.matches import draw, find_matches, save_grid
+from .training.checkpoint import load
 from .training.log import warnings_for
 from .training.optimizer import learning_rates
 
@@ -120,21 +121,25 @@ def draw_epoch(log, model, valid_df, image_embeddings, step: int) -> None:
     log.board.add_image("retrieval", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
 
 
-def report_run(folder: Path, progress: Progress, valid_df, is_pretrained: bool) -> None:
+def report_run(folder: Path, progress: Progress, valid_df, device, is_pretrained: bool) -> None:
     """The recall table of the best epoch, the picture of three queries, and what to type next."""
     if not progress.best_epoch and not is_pretrained:
         print("no epoch was finished: nothing was measured")
         return
     metrics = json.loads((folder / "best" / "metrics.json").read_text())
-    print(f"\nbest epoch: {progress.best_epoch}")
-    if not progress.best_epoch:
+    alpha = metrics.get("wise_ft_alpha", 1)
+    mixed = f", {alpha:g} of it mixed with zero-shot" if alpha < 1 else ""
+    print(f"\nbest epoch: {metrics['epoch']}{mixed}")
+    if not metrics["epoch"]:
         print("best/ is the untouched, zero-shot model" + (
             f": {progress.epoch} epochs of fine-tuning did not improve on it. Try lower learning rates"
             if progress.epoch else ""
         ))  # fmt: skip
     print(format_table(metrics, "valid", valid_df["image_id"].nunique(), len(valid_df)))
-    firsts = valid_df.drop_duplicates("image")
-    model, image_embeddings = get_image_embeddings(firsts, folder)
+    model = load(folder, str(device))
+    images = image_folder(model.cfg, valid_df)
+    names = valid_df["image"].drop_duplicates()
+    image_embeddings = encode_image(model, [images / name for name in names], progress=True)
     results = _sample_matches(model, valid_df, image_embeddings)
     picture = save_grid(results, folder / "retrieval.png", columns=5)
     print(f"""

@@ -177,7 +177,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     scaler = torch.amp.GradScaler(device.type) if cfg.precision == "fp16" else None
     average = build_average(model, cfg)
     measured = average.module if average else model  # the model that is validated and kept
-    progress = Progress()
+    progress, wall_before = Progress(), 0.0  # seconds that the run took before it was resumed
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "average": average}
     parts = {name: part for name, part in parts.items() if part is not None}
 
@@ -194,14 +194,14 @@ def main(cfg: CFG | type[CFG]) -> Path:
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        except (KeyError, ValueError, RuntimeError) as error:
+            progress = Progress(**state["progress"])
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:  # TypeError: of an older release
             reason = str(error).splitlines()[0]
             raise UserError(f"{folder / 'last'} does not fit the settings of {folder}: {reason}") from error
-        progress = Progress(**state["progress"])
+        wall_before = progress.wall_seconds
         checkpoint.restore_random_states(state["random"])
         print(f"resuming {folder} at epoch {progress.epoch + 1}, step {progress.step}")
-    wall_before = progress.wall_seconds
-    if not cfg.resume:
+    else:
         embeddings = embed(measured, valid_loader, cfg)
         progress.start, progress.start_logit_scale = recall_at_k(*embeddings), model.logit_scale.item()
         try:
@@ -250,7 +250,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
             except (RuntimeError, MemoryError) as error:  # torch's errors for a GPU and for a CPU are RuntimeErrors
                 if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
                     raise
-                raise UserError(f"out of memory: lower batch_size ({cfg.batch_size}) or size ({cfg.size})") from error
+                smaller = "with more accumulation" if is_pretrained else f"or size ({cfg.size})"
+                raise UserError(f"out of memory: lower batch_size ({cfg.batch_size}) {smaller}") from error
             finally:
                 bar.close()
             embeddings = embed(measured, valid_loader, cfg)
@@ -270,8 +271,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
             report.report_epoch(line, progress, cfg, chance)
     log.close()
     if cfg.wise_ft:
-        print(wise_ft.mix(folder, valid_loader, device))
-    report.report_run(folder, progress, valid_df, is_pretrained)
+        print(wise_ft.mix(folder, measured, progress.epoch, valid_loader, device))
+    report.report_run(folder, progress, valid_df, device, is_pretrained)
     return folder
 
 

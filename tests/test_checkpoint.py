@@ -27,6 +27,19 @@ def saved(tiny_cfg, tiny_tokenizer, tmp_path):
     return tmp_path / "run/best", model
 
 
+def test_weights_that_are_shared_are_saved(tiny_cfg, tiny_tokenizer, tmp_path):
+    """T5's encoder and its embeddings are one tensor under two names."""
+    from transformers import AutoConfig
+
+    sizes = {"d_model": 32, "num_layers": 2, "num_decoder_layers": 2, "d_ff": 64, "num_heads": 2, "d_kv": 16}
+    cfg = dataclasses.replace(tiny_cfg, text_pooling="mean")
+    model = CLIPModel(cfg, tiny_tokenizer, AutoConfig.for_model("t5", **sizes)).eval()
+    checkpoint.prepare_best(tmp_path, model, cfg)
+    checkpoint.save_best(tmp_path, model, 1, {"rsum": 1.0})
+    tokens = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    assert torch.equal(load(tmp_path).encode_text(**tokens), model.encode_text(**tokens))
+
+
 # ---- writing
 
 

@@ -215,16 +215,16 @@ def optimizer_of(rate=1.0):
 def test_cosine_by_hand(tiny_cfg):
     cfg = dataclasses.replace(tiny_cfg, scheduler="cosine", warmup_steps=4)
     optimizer = optimizer_of(2.0)
-    scheduler = build_scheduler(optimizer, cfg, total_steps=12)
+    scheduler = build_scheduler(optimizer, cfg, total_steps=20)
     rates = []
-    for _ in range(14):
+    for _ in range(22):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
     half = 2 * 0.5
-    falling = [half * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
+    falling = [half * (1 + math.cos(math.pi * k / 16)) for k in range(16)]
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, *falling, 0.0, 0.0])
-    assert rates[8] == pytest.approx(1.0)  # half way down
+    assert rates[12] == pytest.approx(1.0)  # half way down
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 0), (5, 3), (0, 1)])

@@ -179,7 +179,7 @@ IDLE = {"hf.logit_bias"}
 def test_what_moves_is_what_the_policy_says(build, kind, policy):
     """The image tower by its policy, the text tower by another; batch statistics move with their weights alone."""
     other = "first:1" if policy == "frozen" else "frozen"
-    settings = {"image_freezing": policy, "text_freezing": other}
+    settings = {"image_freezing": policy, "text_freezing": other, "freeze_batch_norm": False}
     model = build(kind, **settings)
     expected = wanted(model, "image", policy) | wanted(model, "text", other)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}

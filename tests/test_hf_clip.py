@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -336,7 +337,7 @@ def test_architecture_alone(hf_clip, monkeypatch):
 @pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "dual", "dual_timm"])
 @pytest.mark.parametrize("freezing", ["first:1", "full"])
 def test_the_trained_part_in_fp32(hf_cfg, tiny_data, kind, freezing):
-    """--image-precision fp32: under autocast, as a processor with bf16 trains, and nearer to fp32 than without."""
+    """--image-precision fp32: what trains leaves autocast, what is frozen does not."""
     settings = {"precision": "bf16", "image_freezing": freezing}
     ours, theirs, exact = (
         HFCLIPModel(hf_cfg(kind, **settings | more))
@@ -344,13 +345,85 @@ def test_the_trained_part_in_fp32(hf_cfg, tiny_data, kind, freezing):
     )
     loader = build_loaders(tiny_data.table, ours.tokenizer, "train", ours.cfg)
     batch = next(iter(loader))
+    computed = {}  # dtypes of what the linear layers and convolutions of the image tower give
+
+    def note(name, module):
+        module.register_forward_hook(lambda _, __, out: computed.setdefault(name, set()).add(out.dtype))
+
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        for module in model.towers["image"].modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                note(f"{name} {any(p.requires_grad for p in module.parameters())}", module)
     losses = [loss_of(model.eval(), batch, model.cfg)[0] for model in (ours, theirs, exact)]
+    assert computed["ours True"] == {torch.float32} and torch.bfloat16 in computed["theirs True"]
+    if freezing != "full":
+        assert torch.bfloat16 in computed["ours False"]
     assert losses[0].item() == pytest.approx(losses[2].item(), rel=0.1)
     losses[0].backward()
     assert all(p.grad.isfinite().all() for p in ours.towers["image"].parameters() if p.grad is not None)
 
 
+def test_clip_s_published_architecture_needs_no_hub(hf_clip):
+    """ViT-B/32 as published: 151,277,313 parameters, 224 pixels, cropped."""
+    model = HFCLIPModel(HFClip(pretrained=False, text_tokenizer=hf_clip()))
+    assert sum(p.numel() for p in model.parameters()) == 151_277_313
+    assert (model.cfg.size, model.cfg.resize, model.cfg.interpolation) == (224, "crop", "bicubic")
+    with pytest.raises(UserError, match="Give text_tokenizer a local folder$"):
+        HFCLIPModel(HFClip(pretrained=False))
+
+
+def test_siglip_s_own_tokenizer(changed, tmp_path):
+    """A SentencePiece model, as the published SigLIP has."""
+    folder = changed("siglip")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    rng = np.random.default_rng(0)
+    words = [" ".join(rng.choice(["a", "red", "dog", "runs", "blue", "in", "snow"], 9)) for _ in range(60)]
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(folder / "spiece"), vocab_size=40, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    settings = {"tokenizer_class": "SiglipTokenizer", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    captions = ["a red dog", "a blue dog runs in snow"]
+    model = model_of(folder)
+    assert "Siglip" in type(model.tokenizer).__name__
+    torch.testing.assert_close(encode_text(model, captions), Plain(folder).texts(captions), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        transformers.BitImageProcessor(size={"shortest_edge": 48}, crop_size=32, resample=3),
+        transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.75, resample=2),
+    ],
+    ids=["resized to more than the crop", "crop_pct"],
+)
+def test_the_crop_is_the_processor_s(changed, processor):
+    folder = changed("clip")
+    processor.save_pretrained(folder)
+    model = model_of(folder)
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((150, 100))
+    theirs = AutoImageProcessor.from_pretrained(folder)(images=smooth, return_tensors="pt")["pixel_values"]
+    ours = (model.image_transform()(image=np.array(smooth))["image"] - model.mean) / model.std
+    assert (ours - theirs).abs().max() < 4 / 255 / min(processor.image_std)
+
+
 # ---- what is refused
+
+
+@pytest.mark.parametrize("name", ["image_weights", "text_encoder_model", "head", "projection_dim", "temperature"])
+def test_a_setting_without_effect_is_refused(hf_clip, name):
+    value = {"head": "linear", "projection_dim": 8, "temperature": 0.5}.get(name, "nonsense")
+    assert f"{name} is for models from scratch" in refused(hf_clip(), **{name: value})
+
+
+def test_a_siglip_without_its_head(changed):
+    folder = changed("siglip")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["vision_use_head"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "is a siglip model, without CLIP's two towers" in refused(folder)
 
 
 def refused(folder, **settings):
@@ -382,7 +455,7 @@ def test_a_folder_with_something_missing(changed):
     state = load_file(folder / "model.safetensors")
     del state["visual_projection.weight"], state["text_model.final_layer_norm.bias"]
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    assert "has no weights for text_model.final_layer_norm.bias and 1 other" in refused(folder)
+    assert "has no weights for 2 tensors, text_model.final_layer_norm.bias first" in refused(folder)
     (folder / "model.safetensors").write_bytes(b"x" * 100)
     assert "is not a CLIP that transformers can load" in refused(folder)
     (folder / "config.json").write_text("{")

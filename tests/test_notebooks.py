@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 SMALL = 'RUN = ""\nN_SCENES, EPOCHS = 200, 1'  # in place of the cell that is tagged "settings"
 KERNEL = "clip-scratch-tests"
+SMALL_CLIP = 'MODEL = "models/clip"\nCAPTIONS = IMAGES = ""\nN_SCENES, EPOCHS = 200, 1'
 
 
 @pytest.fixture
@@ -31,10 +33,10 @@ def execute(tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
 
-    def run(name):
+    def run(name, small=SMALL):
         notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
         [settings] = [cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", [])]
-        settings.source = SMALL
+        settings.source = small
         client = nbclient.NotebookClient(
             notebook, timeout=240, kernel_name=KERNEL, resources={"metadata": {"path": str(work)}}
         )
@@ -63,7 +65,9 @@ def pictures(cell):
 
 
 def test_there_are_notebooks():
-    assert {"01_train.ipynb", "02_find_matches.ipynb", "03_swap_encoders.ipynb"} <= {path.name for path in PATHS}
+    assert {"01_train.ipynb", "02_find_matches.ipynb", "03_swap_encoders.ipynb", "04_finetune_hf_clip.ipynb"} <= {
+        path.name for path in PATHS
+    }
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -110,3 +114,16 @@ def test_swap_encoders(execute):
     table = text_of(cell_with(swapped, "pd.DataFrame(rows)"))
     for row in ("as the preset", "another image encoder", "another text encoder", "four convolutions"):
         assert row in table
+
+
+@pytest.mark.slow
+def test_finetune_a_pretrained_clip(execute, hf_clip):
+    shutil.copytree(hf_clip("clip"), execute.work / "models/clip")
+    tuned = execute("04_finetune_hf_clip.ipynb", SMALL_CLIP)
+    runs = [path.parent for path in (execute.work / "runs").glob("clip-*/*/best")]
+    assert {run.name for run in runs} == {"zero-shot", "last-1"}
+    table = text_of(cell_with(tuned, "print(comparison.text())"))
+    assert "zero-shot clip" in table and "last-1" in table and "95 % interval" in table
+    assert len(pictures(cell_with(tuned, "comparison.chart("))) == 1
+    assert len(pictures(cell_with(tuned, "find_matches(model"))) == 1
+    assert text_of(cell_with(tuned, "classify(model")).count("%") == 3

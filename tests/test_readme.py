@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,24 +29,8 @@ def commands() -> list[str]:
     return [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
 
 
-def write_pretrained_clip(folder: Path) -> None:
-    """A tiny CLIP with random weights, as transformers saves it."""
-    from transformers import AutoModel, CLIPConfig, CLIPImageProcessor
-
-    from clip_scratch.data.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(["a small red circle", "a big blue square"] * 5)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7, "num_attention_heads": 2}
-    text = {**tower, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.sep_token_id}
-    vision = {**tower, "image_size": 32, "patch_size": 16}
-    AutoModel.from_config(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    square = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder)
-
-
 def write_products(folder: Path) -> None:
-    """products/: official splits with titles and classes; photos_by_label/: the same pictures in a folder a class."""
+    """products/ and data/fashion/: official splits with titles and classes; photos_by_label/: a folder a class."""
     import json
 
     from PIL import Image
@@ -63,12 +48,13 @@ def write_products(folder: Path) -> None:
             line = {"image_path": path.name, "product_title": f"{name} shirt {i}", "class_label": name}
             lines.append(json.dumps(line))
         (folder / f"products/{split}_data.json").write_text("\n".join(lines))
+    shutil.copytree(folder / "products", folder / "data/fashion")
     (folder / "labels.txt").write_text("\n".join(colours))
     (folder / "prompts.txt").write_text("a {} shirt\nclothes in {}")
 
 
 @pytest.fixture
-def newcomer(tmp_path, monkeypatch):
+def newcomer(tmp_path, monkeypatch, hf_clip):
     """A folder with what the README's commands name, settings that make each of them short, and no hub."""
     import torch
     from safetensors.torch import save_file
@@ -78,7 +64,7 @@ def newcomer(tmp_path, monkeypatch):
     from clip_scratch.models.encoders import ImageEncoder
 
     monkeypatch.chdir(tmp_path)
-    write_pretrained_clip(tmp_path / "models/clip")
+    shutil.copytree(hf_clip("clip"), tmp_path / "models/clip")  # in the place of the one from the hub
     write_products(tmp_path)
     write_scenes(tmp_path / "data/flickr8k", 60, seed=1, workers=1, progress=False)
     write_scenes(tmp_path / "my", 60, seed=2, workers=1, progress=False)
@@ -94,7 +80,7 @@ def newcomer(tmp_path, monkeypatch):
         for name, value in TINY.items():
             monkeypatch.setattr(preset, name, value)
     monkeypatch.setattr(HFClip, "size", 0)
-    monkeypatch.setattr(HFClip, "model_name", "models/clip")  # in the place of the one from the hub
+    monkeypatch.setattr(HFClip, "model_name", "models/clip")
     torch.manual_seed(0)
     return tmp_path
 

@@ -13,7 +13,7 @@ from clip_scratch.errors import UserError
 from clip_scratch.sweep import strategies
 from clip_scratch.train import main
 
-NAMES = ["zero-shot", *strategies(depth=3)]
+NAMES = ["zero-shot", *strategies(3, 1e-5)]
 
 
 def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, tmp_path, monkeypatch, capsys):
@@ -59,12 +59,23 @@ def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, tmp_path, monkeypatch,
 
 
 def test_a_deep_tower_has_its_first_six_blocks_frozen():
-    assert strategies(12)["vision-first-6"]["image_freezing"] == "first:6"
-    assert [next(iter(strategies(depth))) for depth in (7, 6, 1)] == [
+    assert strategies(12, 1e-5)["vision-first-6"]["image_freezing"] == "first:6"
+    assert [next(iter(strategies(depth, 1e-5))) for depth in (7, 6, 1)] == [
         "vision-first-6",
         "vision-first-3",
         "vision-first-0",
     ]
+
+
+def test_a_sweep_does_not_mix_runs_of_different_settings(hf_cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
+    monkeypatch.setattr(report, "report_run", lambda *_: None)
+    cfg = hf_cfg(sweep="freezing", epochs=1, run_dir=str(tmp_path))
+    main(dataclasses.replace(cfg, sweep="", epochs=0, run_dir=str(tmp_path / "zero-shot")))
+    with pytest.raises(UserError, match="zero-shot was trained with batch_size=4, not 5: choose another --run-dir"):
+        main(dataclasses.replace(cfg, batch_size=5))
+    with pytest.raises(UserError, match="sets image_freezing and text_freezing itself"):
+        main(dataclasses.replace(cfg, text_freezing="lora"))
 
 
 def test_a_sweep_needs_a_pretrained_clip(tiny_cfg, hf_cfg, tmp_path):

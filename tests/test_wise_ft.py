@@ -85,7 +85,7 @@ def test_the_ends_are_the_two_models(unmixed, hf_cfg):
     from clip_scratch.models.hf_clip import HFCLIPModel
 
     assert same(HFCLIPModel(hf_cfg("dual_timm")).state_dict(), start)
-    said = mix(zero, valid_loader(zero), CPU)
+    said = mix(zero, load(zero), 1, valid_loader(zero), CPU)
     assert "kept: alpha 0" in said
     floats = {name for name, tensor in start.items() if tensor.is_floating_point()}
     assert all(torch.equal(weights(zero)[name], start[name]) for name in floats)
@@ -93,14 +93,14 @@ def test_the_ends_are_the_two_models(unmixed, hf_cfg):
     measured = evaluate(zero)
     names = [name for name in first if "recall" in name]  # rsum was scripted
     assert {n: measured[n] for n in names} == pytest.approx({n: first[n] for n in names}, abs=1e-6)
-    mix(one, valid_loader(one), CPU)
+    mix(one, load(one), 1, valid_loader(one), CPU)
     assert same(weights(one), tuned)
 
 
 def test_a_mixture_by_hand_and_its_figures(unmixed):
     folder = unmixed("0.3")
     tuned, start = weights(folder), load_file(folder / ZERO_SHOT)
-    mix(folder, valid_loader(folder), CPU)
+    mix(folder, load(folder), 1, valid_loader(folder), CPU)
     for name, tensor in weights(folder).items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, 0.7 * start[name] + 0.3 * tuned[name], atol=1e-6, rtol=1e-5)
@@ -118,7 +118,7 @@ def test_auto_takes_the_best_and_of_equals_the_more_fine_tuned(unmixed, tmp_path
         rsums[tenth / 10] = wise_ft.valid_epoch(model, loader, model.cfg)["rsum"]
     assert len(set(rsums.values())) > 1
     best = max(alpha for alpha, rsum in rsums.items() if rsum == max(rsums.values()))
-    said = mix(folder, loader, CPU)
+    said = mix(folder, load(folder), 1, loader, CPU)
     assert f"kept: alpha {best:g}" in said and said.count("  rsum ") == 11
     record = json.loads((folder / "best/metrics.json").read_text())
     assert (record["wise_ft_alpha"], record["rsum"]) == (best, pytest.approx(max(rsums.values())))
@@ -136,10 +136,10 @@ def test_twice_changes_nothing(unmixed, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
-            mix(folder, loader, CPU)
+            mix(folder, load(folder), 1, loader, CPU)
     once = weights(folder)
     assert "wise_ft_alpha" not in json.loads((folder / "best/metrics.json").read_text())
-    assert "is the mixture with alpha 0.5 already" in mix(folder, loader, CPU)
+    assert "is the mixture with alpha 0.5 already" in mix(folder, load(folder), 1, loader, CPU)
     assert same(weights(folder), once)
     assert json.loads((folder / "best/metrics.json").read_text())["wise_ft_alpha"] == 0.5
     assert main(CFG(resume=str(folder))) == folder and same(weights(folder), once)
@@ -148,7 +148,7 @@ def test_twice_changes_nothing(unmixed, monkeypatch):
 def test_a_run_that_ends_with_its_mixture(hf_cfg, plain, tmp_path, monkeypatch, capsys):
     scripted(monkeypatch, [100.0, 200.0, 150.0])
     run = main(hf_cfg(**TRAINING | {"wise_ft": "auto"}, run_dir=str(tmp_path / "run")))
-    assert "WiSE-FT, from zero-shot (0) to fine-tuned (1):" in capsys.readouterr().out
+    assert "WiSE-FT, from zero-shot (0) to epoch 1 (1):" in capsys.readouterr().out
     record = json.loads((run / "best/metrics.json").read_text())
     assert record["epoch"] == 1 and 0 <= record["wise_ft_alpha"] <= 1
     assert evaluate(run)["rsum"] == pytest.approx(record["rsum"], abs=1e-6)
@@ -160,6 +160,19 @@ def test_a_run_that_ends_with_its_mixture(hf_cfg, plain, tmp_path, monkeypatch, 
 def test_nothing_to_mix(hf_cfg, plain, tmp_path, capsys):
     run = main(hf_cfg(wise_ft="0.5", epochs=0, run_dir=str(tmp_path / "run")))
     assert "nothing to mix" in capsys.readouterr().out and same(weights(run), load_file(run / ZERO_SHOT))
+
+
+def test_a_run_that_overshot_is_mixed_with_its_last_epoch(hf_cfg, plain, tmp_path, capsys):
+    """No epoch is better than zero-shot, so the last one is what the mixture is made of."""
+    run = main(hf_cfg(wise_ft="0.25", epochs=1, head_lr=1.0, image_encoder_lr=1.0, run_dir=str(tmp_path / "run")))
+    record = json.loads((run / "best/metrics.json").read_text())
+    assert "from zero-shot (0) to epoch 1 (1)" in capsys.readouterr().out
+    assert record["epoch"] == 1 and record["wise_ft_alpha"] == 0.25
+    last = torch.load(run / "last/training.pt", weights_only=False)["model"]
+    start, mixed = load_file(run / ZERO_SHOT), weights(run)
+    assert not same(start, mixed)
+    for name, tensor in last.items():
+        torch.testing.assert_close(mixed[name], torch.lerp(start[name], tensor, 0.25))
 
 
 def test_from_scratch_there_is_nothing_to_mix_with(tiny_cfg, tmp_path):

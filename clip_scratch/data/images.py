@@ -78,17 +78,22 @@ def _evaluation_geometry(cfg: CFG) -> list:
 
     if cfg.interpolation != "area":
         whole = cfg.resize == "stretch"
-        return [A.Lambda(image=partial(_resize_as_pil, size=cfg.size, interpolation=cfg.interpolation, stretch=whole))]
+        sides = {"size": cfg.size, "short": 0 if whole else cfg.crop_from or cfg.size}
+        return [A.Lambda(image=partial(_resize_as_pil, interpolation=cfg.interpolation, **sides))]
     if cfg.resize == "crop":
-        return [A.SmallestMaxSize(cfg.size, area_for_downscale="image"), A.CenterCrop(cfg.size, cfg.size)]
+        short = cfg.crop_from or cfg.size
+        return [A.SmallestMaxSize(short, area_for_downscale="image"), A.CenterCrop(cfg.size, cfg.size)]
     return [A.Resize(cfg.size, cfg.size, area_for_downscale="image")]
 
 
-def _resize_as_pil(image: np.ndarray, size: int, interpolation: str, stretch: bool, **_: object) -> np.ndarray:
-    """RGB uint8 (H, W, 3) -> (size, size, 3), by the arithmetic of transformers' image processors."""
+def _resize_as_pil(image: np.ndarray, size: int, short: int, interpolation: str, **_: object) -> np.ndarray:
+    """RGB uint8 (H, W, 3) -> (size, size, 3), by the arithmetic of transformers' image processors.
+
+    The shorter side becomes `short` pixels and the centre is cut out; 0 stretches the whole image.
+    """
     height, width = image.shape[:2]
-    short = min(height, width)
-    wide, high = (size, size) if stretch else (size * width // short, size * height // short)
+    least = min(height, width)
+    wide, high = (short * width // least, short * height // least) if short else (size, size)
     resized = Image.fromarray(image).resize((wide, high), Image.Resampling[interpolation.upper()])
     left, top = (wide - size) // 2, (high - size) // 2
     return np.array(resized.crop((left, top, left + size, top + size)))

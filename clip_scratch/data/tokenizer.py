@@ -39,14 +39,15 @@ def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokeniz
     if path is not None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # a rare tokenizer needs a library of its own
             raise UserError(f"text_tokenizer: {path} holds no tokenizer ({str(error).splitlines()[0]})") from error
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers made one up
             raise UserError(f"text_tokenizer: {path} holds no tokenizer. Set --text-tokenizer to a folder of one")
         return tokenizer
     random_text = not (cfg.pretrained and cfg.text_pretrained)
     try:
-        with hub_access(f"the tokenizer {name!r}", "Give text_tokenizer a local folder, or --no-pretrained"):
+        or_random = ", or --no-pretrained" if cfg.backend == "from_scratch" and not random_text else ""
+        with hub_access(f"the tokenizer {name!r}", f"Give text_tokenizer a local folder{or_random}"):
             return AutoTokenizer.from_pretrained(hub_name(name))
     except UserError:
         if random_text and not cfg.text_tokenizer and len(captions):

@@ -90,7 +90,7 @@ class ImageEncoder(Tower):
 def compute_trained_part_in_fp32(network: nn.Module) -> None:
     """Let autocast reach the frozen blocks of a tower alone: the others compute, and take their input, in fp32."""
     for child in network.children():
-        for unit in child if isinstance(child, nn.Sequential) else [child]:
+        for unit in child if isinstance(child, nn.Sequential | nn.ModuleList) else [child]:
             if any(p.requires_grad for p in unit.parameters()):
                 # a bound method, so that a deep copy of the tower (the averaged model) calls its own weights
                 unit.forward = types.MethodType(_forward_in_fp32, unit)
@@ -183,7 +183,9 @@ def _auto_model(config):
     """The transformers class to load: of an encoder-decoder such as T5, the encoder alone."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
-    return AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
+    # The configuration of a T5 encoder that was saved says that it has no decoder, but knows of its layers
+    has_decoder = getattr(config, "is_encoder_decoder", False) or hasattr(config, "num_decoder_layers")
+    return AutoModelForTextEncoding if has_decoder else AutoModel
 
 
 def _pretrained_text_model(model_name: str) -> nn.Module:

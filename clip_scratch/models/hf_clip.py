@@ -52,8 +52,10 @@ class HFCLIPModel(DualEncoder):
         cfg = cfg() if isinstance(cfg, type) else cfg
         self.hf = _random(hf_config) if hf_config is not None else _from_source(cfg)
         config = self.hf.config
-        if not all(hasattr(self.hf, name) for name in ("get_image_features", "get_text_features", "logit_scale")):
+        if not _is_clip(self.hf):
             raise UserError(f"model_name {cfg.model_name!r} is a {config.model_type} model, without CLIP's two towers")
+        if hf_config is None:
+            _refuse_foreign_settings(cfg)
         own = {} if hf_config is not None else _image_geometry(cfg)
         mean, std = (own.pop(name, [0.5] * 3) for name in ("mean", "std"))
         if cfg.size and own and cfg.size != own["size"]:
@@ -135,6 +137,27 @@ class HFCLIPModel(DualEncoder):
         return _pooled(self.hf.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
 
 
+def _is_clip(hf: nn.Module) -> bool:
+    """Whether a transformers model has what this backend calls and freezes."""
+    projected = [("vision_model", "visual_projection"), ("text_model", "text_projection")]
+    towers = all(hasattr(hf, t) and (hasattr(hf, p) or hasattr(getattr(hf, t), "head")) for t, p in projected)
+    return towers and all(hasattr(hf, name) for name in ("get_image_features", "get_text_features", "logit_scale"))
+
+
+# Settings of the encoders and heads that are built from scratch; a pretrained CLIP has its own.
+_FROM_SCRATCH = (
+    "image_weights", "image_pretrained", "image_dropout", "text_encoder_model", "text_pooling", "text_pretrained",
+    "text_dropout", "head", "projection_dim", "dropout", "temperature",
+)  # fmt: skip
+
+
+def _refuse_foreign_settings(cfg: CFG) -> None:
+    """Raise UserError for a setting that would have no effect."""
+    for name in _FROM_SCRATCH:
+        if getattr(cfg, name) != getattr(CFG, name):
+            raise UserError(f"{name} is for models from scratch: {cfg.model_name} brings its own. Leave it out")
+
+
 def _pooled(output: object) -> torch.Tensor:
     """The projected features (N, P): transformers before 5.0 gave them as they are."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
@@ -169,7 +192,7 @@ def _from_source(cfg: CFG) -> nn.Module:
         AutoModel, cfg.model_name, "the weights of", dtype=torch.float32, output_loading_info=True
     )  # as they are in the file, they may be in half precision
     if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"model_name: {cfg.model_name} has no weights for {missing[0]} and {len(missing) - 1} others")
+        raise UserError(f"model_name: {cfg.model_name} has no weights for {len(missing)} tensors, {missing[0]} first")
     return model
 
 
@@ -188,7 +211,10 @@ def _load(auto_class, name: str, what: str, **options: object):
 
 
 def _image_geometry(cfg: CFG) -> dict[str, object]:
-    """size, resize, interpolation, mean and std of the model's own image processor."""
+    """size, resize, crop_from, interpolation, mean and std of the model's own image processor.
+
+    SigLIP 2 for images of any shape (NaFlex) keeps their shape; here they are stretched to its square.
+    """
     from transformers import AutoImageProcessor, CLIPImageProcessor
 
     if not cfg.pretrained and cfg.model_name == OPENAI_BASE:
@@ -198,13 +224,17 @@ def _image_geometry(cfg: CFG) -> dict[str, object]:
     size = dict(getattr(processor, "size", None) or {})
     if getattr(processor, "max_num_patches", None):  # SigLIP 2 for images of any shape: the square of so many patches
         size = {"height": processor.patch_size * int(processor.max_num_patches**0.5)}
+    short = size.get("shortest_edge")
     crop = bool(getattr(processor, "do_center_crop", False))
-    side = dict(processor.crop_size)["height"] if crop else size.get("height") or size.get("shortest_edge")
+    side = dict(processor.crop_size)["height"] if crop else size.get("height") or short
+    if short and short < 384 and getattr(processor, "crop_pct", None):  # ConvNeXT's: resized to more, then cropped
+        crop, short = True, int(short / processor.crop_pct)
     if not side or any(getattr(processor, name, None) is None for name in ("resample", "image_mean", "image_std")):
         raise UserError(f"model_name: {cfg.model_name} has a {type(processor).__name__}, which does not tell its size")
     return {
         "size": int(side),
         "resize": "crop" if crop else "stretch",
+        "crop_from": short if crop and short and short != side else 0,
         "interpolation": _FILTERS.get(int(processor.resample), "bicubic"),
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),

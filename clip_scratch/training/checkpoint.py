@@ -77,12 +77,14 @@ def prepare_best(folder: Path, model: DualEncoder, cfg: CFG) -> None:
 def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[str, float]) -> None:
     """Replace the weights of `best/` in one rename; their header tells the epoch, the metrics and the commit.
 
-    LoRA's updates are merged into the weights, so that whoever loads them needs no PEFT.
+    LoRA's updates are merged into the weights, so that whoever loads them needs no PEFT; in bf16 the merged model's
+    figures may differ from `metrics` in the last digit shown.
     """
     from safetensors.torch import save_file
 
     header = {"format": "pt", "epoch": str(epoch), "metrics": json.dumps(metrics), "git_commit": git_commit()}
-    state = {name: tensor.contiguous().cpu() for name, tensor in merged_state(model).items()}
+    # Copies, since safetensors refuses tensors that share their memory, as T5's embeddings do
+    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in merged_state(model).items()}
     write_atomically(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata=header))
     write_json(folder / "metrics.json", {"epoch": epoch, **metrics, "git_commit": header["git_commit"]})
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from ..data.loaders import Loader
+from ..models.clip import DualEncoder
+from ..models.freezing import merged_state
 from .checkpoint import WEIGHTS, load, run_config, save_best, write_atomically, write_json
 from .engine import valid_epoch
 
@@ -35,9 +37,11 @@ def interpolate(
     }
 
 
-def mix(folder: Path, valid_loader: Loader, device: torch.device) -> str:
+def mix(folder: Path, last: DualEncoder, epochs: int, valid_loader: Loader, device: torch.device) -> str:
     """Put the mixture that `wise_ft` asks for in the place of the best epoch, and say how each alpha does.
 
+    Where no epoch was better than zero-shot, the model `last` of all `epochs` is mixed in: to overshoot is what a
+    mixture mends.
     "auto" takes the alpha with the highest validation rsum. Does nothing where that has been done.
     """
     from safetensors import safe_open
@@ -49,17 +53,19 @@ def mix(folder: Path, valid_loader: Loader, device: torch.device) -> str:
     if "wise_ft_alpha" in record:
         write_json(folder / "best" / "metrics.json", record | {"git_commit": header["git_commit"]})
         return f"WiSE-FT: best/ is the mixture with alpha {record['wise_ft_alpha']:g} already"
-    if record["epoch"] == 0:
-        return "WiSE-FT: nothing to mix, the best model is the zero-shot one"
+    if not epochs:
+        return "WiSE-FT: nothing to mix, no epoch was trained"
     model = load(folder, str(device))
     asked = run_config(folder).wise_ft
-    ends = [load_file(path, device=str(device)) for path in (folder / ZERO_SHOT, folder / "best" / WEIGHTS)]
+    epoch = record["epoch"] or epochs
+    tuned = model.state_dict() if record["epoch"] else merged_state(last)
+    ends = [load_file(folder / ZERO_SHOT, device=str(device)), {name: t.clone() for name, t in tuned.items()}]
     measured = {}
     for alpha in _ALPHAS if asked == "auto" else [float(asked)]:
         model.load_state_dict(interpolate(*ends, alpha))
         measured[alpha] = valid_epoch(model, valid_loader, model.cfg)
     best = max(measured, key=lambda alpha: (measured[alpha]["rsum"], alpha))
     model.load_state_dict(interpolate(*ends, best))
-    save_best(folder / "best", model, record["epoch"], measured[best] | {"wise_ft_alpha": best})
+    save_best(folder / "best", model, epoch if best else 0, measured[best] | {"wise_ft_alpha": best})
     lines = [f"  alpha {alpha:.2f}  rsum {metrics['rsum']:.1f}" for alpha, metrics in measured.items()]
-    return "\n".join(["WiSE-FT, from zero-shot (0) to fine-tuned (1):", *lines, f"kept: alpha {best:g}"])
+    return "\n".join([f"WiSE-FT, from zero-shot (0) to epoch {epoch} (1):", *lines, f"kept: alpha {best:g}"])
