@@ -22,14 +22,16 @@ def evaluate(
     """The recalls of a run on a split of the captions it was trained with, or of another captions file.
 
     As `recall_at_k`, with `split`, `n_images`, `n_captions` and `n_ambiguous_captions`. Of another file that has no
-    splits all images are measured, and `split` is "all". Raises UserError for a folder that is no run and a split
-    without images.
+    splits all images are measured, and `split` is "all". Raises UserError for a folder that is no run, a split
+    without images and a device that is not there.
     """
+    from .config import CFG
     from .evaluation.comparison import measure
     from .evaluation.sample import captions_for, count_ambiguous, part_of
     from .training.checkpoint import load
+    from .training.device import pick_device
 
-    model = load(run, device)
+    model = load(run, str(pick_device(CFG(device=device))))
     cfg, table = captions_for(model.cfg, captions_path, image_path)
     table, split = part_of(cfg, table, split)
     counts = {"n_images": int(table["image_id"].nunique()), "n_captions": len(table)}
@@ -53,7 +55,7 @@ class Arguments:
     zero_shot: str = ""  # classify images by the labels of this file, one a line; table: those of the captions file
     templates: str = ""  # file of prompts, one a line, with {} where the label goes
     images: str = ""  # classify the images below this folder; sub-folders are their true labels
-    linear_probe: bool = False  # fit a logistic regression on the training images' embeddings, and report it
+    linear_probe: bool = False  # fit a logistic regression on the training images' projected, normalised embeddings
     confusion: str = ""  # draw the confusion matrix of --zero-shot or --linear-probe into this PNG
     device: str = "auto"  # cpu, cuda, ...; auto: the best at hand
 
@@ -91,6 +93,7 @@ def _check(arguments: Arguments) -> None:
     for name, (other, given) in needs.items():
         if getattr(arguments, name) and not given:
             raise UserError(f"--{name} is for {other}")
+    _check_images(arguments)
     if arguments.compare and (arguments.zero_shot or arguments.linear_probe):
         raise UserError(f"--compare is a table of recalls: leave out {classifies}")
     if arguments.compare and arguments.json:
@@ -100,6 +103,22 @@ def _check(arguments: Arguments) -> None:
     for name in ("json", "markdown", "csv", "chart", "confusion"):
         if target := getattr(arguments, name):
             _check_target(name, Path(target))
+
+
+def _check_images(arguments: Arguments) -> None:
+    """Raise UserError for what says where images or labels are, besides --images, and would not be looked at."""
+    if not arguments.images or arguments.linear_probe:
+        return
+    names = ["split"] if arguments.split != Arguments.split else []
+    if not _labels_in_table(arguments):
+        names += [name for name in ("captions_path", "image_path") if getattr(arguments, name)]
+    if names:
+        raise UserError(f"--{names[0].replace('_', '-')} is of no use with --images: leave it out")
+
+
+def _labels_in_table(arguments: Arguments) -> bool:
+    """Whether --zero-shot means the labels of the captions file, and no file that is called table."""
+    return arguments.zero_shot == "table" and not Path("table").is_file()
 
 
 def _check_target(option: str, target: Path) -> None:
@@ -156,6 +175,7 @@ def _zero_shot(arguments: Arguments, model) -> dict[str, object]:
     from .evaluation.sample import captions_for, image_labels, images_of_folder, images_of_split
     from .evaluation.zero_shot import (
         TEMPLATES,
+        distinct_labels,
         label_embeddings,
         ranked_labels,
         read_labels,
@@ -166,12 +186,12 @@ def _zero_shot(arguments: Arguments, model) -> dict[str, object]:
     from .search import images_below
 
     templates = read_templates(arguments.templates) if arguments.templates else TEMPLATES
-    from_table = arguments.zero_shot == "table" and not Path("table").is_file()
+    from_table = _labels_in_table(arguments)
     labels = [] if from_table else read_labels(arguments.zero_shot)
     if from_table or not arguments.images:
         cfg, table = captions_for(model.cfg, arguments.captions_path, arguments.image_path)
     if from_table:
-        labels = sorted(set(image_labels(cfg, table)))
+        labels = distinct_labels(image_labels(cfg, table), cfg.captions_path or "the built-in data set")
     if arguments.images:
         folder = Path(arguments.images)
         images = images_of_folder(folder, images_below(folder))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import os
 import shutil
@@ -35,16 +34,19 @@ def export(
     VisionTextDualEncoderModel, a fine-tuned CLIP is written as the class that it is. Returns, of the validation
     split in fp32, the recalls of the "run" and of the "folder" as read back, `n_images`, `n_captions`, and the
     cosines between both models' embeddings, "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a
-    folder that is no run, a model that transformers' classes cannot express, and a `folder` that is in use.
+    folder that is no run, a model that transformers' classes cannot express, a `folder` that is in use, and a device
+    that is not there.
     """
+    from .config import CFG
     from .data.captions import check_images, image_folder, read_captions, split_of
     from .data.loaders import build_loaders
     from .evaluation.retrieval import recall_at_k
     from .models.dual_encoder_export import check_expressible
     from .training.checkpoint import load
+    from .training.device import pick_device
     from .training.engine import embed
 
-    model = load(run, device)
+    model = load(run, str(pick_device(CFG(device=device))))
     if model.cfg.backend == "from_scratch":
         check_expressible(model)
     model.cfg = cfg = _data_settings(model.cfg, captions_path, image_path)
@@ -59,8 +61,8 @@ def export(
             train = check_images(train.iloc[:: -(-len(train) // _FEATURES)], images, cfg.on_bad_image)
             _write_dual_encoder(model, build_loaders(train, model.tokenizer, "valid", cfg), unfinished)
         _write_preprocessing(model, unfinished)
-        written = _read_back(model, unfinished)
         before = embed(model, build_loaders(valid, model.tokenizer, "valid", cfg), cfg)
+        written = _read_back(model, unfinished)
         after = embed(written, build_loaders(valid, written.tokenizer, "valid", cfg), cfg)
     return {
         "run": recall_at_k(*before),
@@ -121,7 +123,10 @@ def _write_preprocessing(model: DualEncoder, folder: Path) -> None:
 
 
 def _read_back(model: DualEncoder, folder: Path) -> torch.nn.Module:
-    """The model that plain transformers makes of the folder; it embeds batches, and has a `tokenizer`."""
+    """The model that plain transformers makes of the folder; it embeds batches, and has a `tokenizer`.
+
+    Of a fine-tuned CLIP it takes the place of the one in `model`, so that not both are held.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     from .hub import no_loading_bar
@@ -129,11 +134,12 @@ def _read_back(model: DualEncoder, folder: Path) -> torch.nn.Module:
 
     if model.cfg.backend == "from_scratch":
         return ExportedModel(folder, model.mean, model.std).eval()
-    twin = copy.deepcopy(model)
+    device = model.device
+    model.hf = None
     with no_loading_bar():
-        twin.hf = AutoModel.from_pretrained(folder, local_files_only=True).float().to(model.device)
-    twin.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return twin.eval()
+        model.hf = AutoModel.from_pretrained(folder, local_files_only=True).float().to(device)
+    model.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval()
 
 
 @dataclass

@@ -133,7 +133,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     from . import report
     from .data.captions import check_images, image_folder, read_captions, split_of
     from .data.loaders import build_loaders
-    from .evaluation.comparison import save_zero_shot
+    from .evaluation.comparison import fingerprint_of, save_zero_shot
     from .evaluation.retrieval import ranks, recall_at_k
     from .models.build import build_model
     from .training import checkpoint, wise_ft
@@ -210,7 +210,9 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 progress.best_rsum = progress.start_rsum
                 checkpoint.save_best(folder / "best", measured, 0, progress.start)
                 names = valid_loader.dataset.names
-                save_zero_shot(folder / "zero_shot.json", cfg.model_name, names, embeddings[2], *ranks(*embeddings))
+                found = ranks(*embeddings)
+                captions = fingerprint_of(valid_df)
+                save_zero_shot(folder / "zero_shot.json", cfg.model_name, names, embeddings[2], *found, captions)
             if cfg.wise_ft:
                 wise_ft.keep_start(folder)
             save_last()

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -15,9 +16,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip_scratch import CFG, evaluate
+from clip_scratch.cli import parse
 from clip_scratch.errors import UserError
 from clip_scratch.evaluation import bootstrap, comparison
-from clip_scratch.evaluation.comparison import Comparison, Measured, Row, compare, read_zero_shot, save_zero_shot
+from clip_scratch.evaluation.comparison import (
+    Comparison,
+    Measured,
+    Row,
+    compare,
+    fingerprint_of,
+    read_zero_shot,
+    save_zero_shot,
+)
 from clip_scratch.evaluation.run_record import UNTRAINED, RunRecord, read_record
 from clip_scratch.training import checkpoint
 
@@ -53,6 +63,13 @@ def test_chunks_do_not_matter_to_memory_or_form(monkeypatch):
     parts = list(bootstrap.resample_counts(20, 7))
     assert [part.shape for part in parts] == [(2, 20), (2, 20), (2, 20), (1, 20)]
     assert all((part.sum(1) == 20).all() for part in parts)
+
+
+def test_intervals_of_any_shape():
+    samples = np.random.default_rng(0).random((100, 3, 2))
+    found = bootstrap.interval(samples)
+    assert found.shape == (2, 3, 2)
+    assert found[:, 1, 0].tolist() == bootstrap.interval(samples[:, 1, 0]).tolist()
 
 
 @given(data=st.data(), n=st.integers(1, 8))
@@ -91,7 +108,7 @@ def table():
     rows = [
         row("zero-shot m", poor, zero_shot=True),
         row("full", good, **done, trained_parameters=151_277_313, wall_seconds=7384.0),
-        row("same", poor, **done | {"best_epoch": 0}, trained_parameters=8193, wall_seconds=61.0, wise_ft_alpha=0.5),
+        row("same", poor, **done | {"best_epoch": 0}, trained_parameters=8193, wall_seconds=61.0),
     ]
     return Comparison(rows, "valid", 3, ["A note."])
 
@@ -142,10 +159,29 @@ def test_text(table):
     text = table.text()
     assert "full - zero-shot m: i2t +50.0 [" in text and "both exclude 0" in text
     assert "same - zero-shot m: i2t +0.0 [+0.0, +0.0], t2i +0.0 [+0.0, +0.0]: neither interval excludes 0" in text
-    assert "same: no epoch was better than the untouched model" in text and "same: 0.5 of the fine-tuned" in text
+    assert "same: no epoch was better than the untouched model" in text and "WiSE-FT)." not in text
     assert "3 of 120 captions are ambiguous" in text and text.endswith("A note.")
     assert re.sub(r"\033\[\d+m", "", table.text(ansi=True)).count("*") == 0
     assert "\033[1m75.0\033[0m [" in table.text(ansi=True)
+
+
+def test_a_mixture_is_not_called_an_epoch(table):
+    """Of a run whose epochs were all worse than zero-shot the last one is mixed in: it is not the best."""
+    record = table.rows[2].record
+    record.best_epoch, record.wise_ft_alpha = 10, 0.3
+    text = table.text()
+    assert "same: 0.3 of the fine-tuned weights of epoch 10, the rest zero-shot (WiSE-FT)." in text
+    assert "10 (mixed)" in text and "no epoch was better" not in text
+    record.best_epoch, record.wise_ft_alpha = 0, 0.0
+    assert "same: 0 of the fine-tuned weights, the rest zero-shot (WiSE-FT)." in table.text()
+
+
+def test_figures_that_an_epoch_was_chosen_by_are_said_to_be(table):
+    sentence = "was chosen on the validation split"
+    assert table.text().count(sentence) == table.markdown().count(sentence) == 1
+    rows = table.rows
+    assert sentence not in Comparison(rows, "test", 0).text() and sentence not in Comparison(rows, "all", 0).text()
+    assert sentence not in Comparison(rows[:1], "valid", 0).text()  # nothing was trained
 
 
 def test_bold_codes_do_not_move_the_columns(table):
@@ -205,6 +241,26 @@ def test_what_trained_and_how_fast(tmp_path, setting, rates, frozen):
     assert record.epochs is record.wall_seconds is record.trained_parameters is None
 
 
+@pytest.mark.parametrize("with_run", [True, False])
+def test_a_zero_shot_run_of_which_best_alone_was_kept(tmp_path, with_run):
+    best = tmp_path / "best" if with_run else tmp_path
+    best.mkdir(exist_ok=True)
+    cfg = {"backend": "hf_clip", "head_lr": 1e-5, "image_encoder_lr": 1e-5, "text_encoder_lr": 1e-5}
+    checkpoint.write_json(best / "config.json", dataclasses.asdict(CFG(**cfg)))
+    checkpoint.write_json(best / "metrics.json", {"epoch": 0, "rsum": 300.0})
+    record = read_record(tmp_path)
+    assert (record.epochs, record.best_epoch, record.frozen, record.learning_rates) == (0, 0, "all", "none")
+    checkpoint.write_json(best / "metrics.json", {"epoch": 10, "rsum": 300.0, "wise_ft_alpha": 0.2})
+    record = read_record(tmp_path)
+    assert (record.epochs, record.best_epoch, record.wise_ft_alpha) == (None, 10, 0.2)
+    assert record.learning_rates == "1e-5"
+    # Where the epochs are known they tell, whatever was kept
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 3, "trained_parameters": 7}\n')
+    checkpoint.write_json(best / "metrics.json", {"epoch": 0, "rsum": 300.0})
+    record = read_record(tmp_path)
+    assert (record.epochs, record.best_epoch, record.trained_parameters) == (3, 0, 7)
+
+
 # ---- zero_shot.json
 
 
@@ -216,14 +272,28 @@ def test_zero_shot_is_kept(tmp_path):
     assert saved["split"] == "valid" and saved["images"] == ["a.jpg", "b.jpg"] and saved["text_rank"] == [1, 3]
     name, read = read_zero_shot(path)
     assert name == "openai/clip" and torch.equal(read.image_rank, image_rank) and torch.equal(read.text_rank, text_rank)
-    assert read.metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3)
-    for damage in ({"text_rank": [1]}, {"image_of_caption": [0, 0, 7]}, {"images": None}, {"image_rank": ["x", 1, 1]}):
+    assert read.metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3) and read.fingerprint == ""
+    save_zero_shot(path, "openai/clip", ["a.jpg", "b.jpg"], own, image_rank, text_rank, "1234")
+    assert read_zero_shot(path)[1].fingerprint == "1234"
+    path.write_text(json.dumps({name: value for name, value in saved.items() if name != "fingerprint"}))
+    assert read_zero_shot(path)[1].fingerprint == ""  # as older runs wrote it
+    nothing = {"images": [], "image_of_caption": [], "image_rank": [], "text_rank": []}
+    for damage in (
+        {"text_rank": [1]}, {"image_of_caption": [0, 0, 7]}, {"image_of_caption": [0, 0, 0]}, {"image_rank": [1, 1]},
+        {"images": None}, {"image_rank": ["x", 1, 1]}, nothing,
+    ):  # fmt: skip
         path.write_text(json.dumps(saved | damage))
         with pytest.raises(UserError, match="zero_shot.json is damaged"):
             read_zero_shot(path)
     path.write_text("{")
     with pytest.raises(UserError, match="zero_shot.json is damaged"):
         read_zero_shot(path)
+
+
+def test_fingerprints(tiny_data):
+    table = tiny_data.table
+    other = table.assign(caption=[*table["caption"][:-1], "other words"])
+    assert fingerprint_of(table) == fingerprint_of(table.sample(frac=1, random_state=0)) != fingerprint_of(other)
 
 
 # ---- real runs
@@ -300,10 +370,52 @@ def test_zero_shot_comes_first_and_once(here, loads_scenes, as_hf_clip, tmp_path
         assert [row.name for row in found.rows] == ["zero-shot clip", "a"] and not found.notes
         assert found.differences[0].value.tolist() == [0, 0]
 
+    # What was recorded on as many other captions of the same images is refused, where the file tells
+    path, ranked = tmp_path / "a/zero_shot.json", (names.images, names.image_of_caption, *worst)
+    save_zero_shot(path, "org/clip", *ranked, names.fingerprint)
+    assert compare([tmp_path / "a"]).rows[0].is_zero_shot
+    save_zero_shot(path, "org/clip", *ranked, "of other captions")
+    with pytest.raises(UserError, match=r"a/zero_shot.json and .* each, but not the same ones"):
+        compare([tmp_path / "a"])
+
     # What was recorded on other images is refused
     save_zero_shot(tmp_path / "a/zero_shot.json", "org/clip", ["x.png"], [0], [1], [1])
     with pytest.raises(UserError, match=r"a/zero_shot.json and .* different images or captions .*--captions-path"):
         compare([tmp_path / "a"])
+
+
+def advised(note):
+    """The settings of the command in a note."""
+    words = shlex.split(note.split("`")[1])
+    assert words[:3] == ["python", "-m", "clip_scratch.train"]
+    return parse(words[3:])
+
+
+def test_the_advised_zero_shot_run_is_of_the_same_captions(here, loads_scenes, as_hf_clip, tiny_data, tmp_path):
+    """Its settings are those of the run: it could be compared."""
+    like_a_fine_tuned_run(here, tmp_path / "a")
+    (note,) = compare([tmp_path / "a"]).notes
+    cfg = advised(note)
+    assert (cfg.model_name, cfg.epochs, cfg.backend, cfg.n_scenes) == ("org/clip", 0, "hf_clip", 240)
+    assert cfg.captions_path == "" and "--captions-path" not in note
+
+    captions = tmp_path / "my captions.csv"
+    tiny_data.table.to_csv(captions, index=False)
+    found = compare([tmp_path / "a"], "valid", str(captions), str(tiny_data.image_path))
+    cfg = advised(found.notes[0])
+    assert (cfg.captions_path, cfg.image_path) == (str(captions), str(tiny_data.image_path))
+    assert f"--captions-path '{captions}'" in found.notes[0] and "--n-scenes" not in found.notes[0]
+
+
+def test_the_advised_command_holds_all_that_chooses_the_captions(table):
+    own = {"captions_path": "it's/c.csv", "image_path": "a b", "valid_fraction": 0.3, "seed": 7, "image_column": "file"}
+    for run in table.rows:
+        run.cfg = dataclasses.replace(run.cfg, backend="from_scratch", **own)
+    (note,) = comparison._notes(table.rows[1:], [], "", "")
+    cfg = advised(note)
+    assert {name: getattr(cfg, name) for name in own} == own and cfg.model_name == "openai/clip-vit-base-patch32"
+    (note,) = comparison._notes(table.rows[1:], [], "", "moved")
+    assert advised(note).image_path == "moved" and advised(note).captions_path == "it's/c.csv"
 
 
 def test_runs_on_different_captions_are_refused(here, tiny_data, tmp_path):
@@ -343,6 +455,12 @@ def test_the_command(here, capsys, tmp_path):
     assert out.startswith("test: 24 images, 120 captions") and "* the best of its column" in out
     assert (tmp_path / "t.markdown").read_text().count("| scenes |") == 2
     assert (tmp_path / "t.csv").read_text().count("\n") == 3 and Image.open(tmp_path / "t.png").format == "PNG"
+
+
+def test_devices(here):
+    assert evaluate.evaluate(here.folder, device="auto")["n_images"] == 24
+    with pytest.raises(UserError, match="device 'nonsense' is not to be had"):
+        evaluate.evaluate(here.folder, device="nonsense")
 
 
 def test_mistakes(here, tmp_path):

@@ -25,7 +25,13 @@ from clip_scratch.evaluation.classification import (
     format_classification,
 )
 from clip_scratch.evaluation.sample import Images, count_ambiguous, image_labels, images_of_folder
-from clip_scratch.evaluation.zero_shot import label_embeddings, read_labels, read_templates, targets_of
+from clip_scratch.evaluation.zero_shot import (
+    distinct_labels,
+    label_embeddings,
+    read_labels,
+    read_templates,
+    targets_of,
+)
 
 NAMES = list("abcdefghij")
 
@@ -135,12 +141,31 @@ def test_classify_ranks_by_the_same_vectors(model, tiny_data):
         assert [p for _, p in ranked] == sorted((p for _, p in ranked), reverse=True)
 
 
+def test_underscores_are_spaces_in_prompts_but_not_in_answers(model, tiny_data):
+    templates = ["a {}.", "snake_case {}"]
+    found = label_embeddings(model, ["red_square", "blue"], templates)
+    assert torch.equal(found, label_embeddings(model, ["red square", "blue"], templates))
+    image = tiny_data.image_path / "00.png"
+    (ranked,) = classify(model, image, ["red_square", "blue"], templates)
+    assert {label for label, _ in ranked} == {"red_square", "blue"}
+
+
+def test_labels_that_prompts_cannot_tell_apart():
+    assert distinct_labels(["b", "a", "b"], "f.csv") == ["a", "b"]
+    for one, other in (("Saree", "saree"), ("men  mojaris", "men mojaris"), ("dhoti pants", "dhoti_pants")):
+        with pytest.raises(UserError, match=f"f.csv has the labels '{one}' and '{other}'"):
+            distinct_labels([other, "gowns", one], "f.csv")
+
+
 def test_label_and_template_files(tmp_path):
     path = tmp_path / "labels.txt"
     path.write_text("\ufeffflip flops\r\n\n  T-shirt \nSarees", encoding="utf-8")
     assert read_labels(path) == ["flip flops", "T-shirt", "Sarees"]
     path.write_text("dog\ncat\n\nDog\n")
-    with pytest.raises(UserError, match=r"labels.txt, row 4: the label 'Dog' stands in row 1 already"):
+    with pytest.raises(UserError, match=r"labels.txt, row 4: the label 'Dog' stands in row 1 already, as 'dog'"):
+        read_labels(path)
+    path.write_text("dhoti_pants\nDhoti pants\n")
+    with pytest.raises(UserError, match="row 2: the label 'Dhoti pants' stands in row 1 already, as 'dhoti_pants'"):
         read_labels(path)
     path.write_text("a photo of {}.\na picture\n")
     with pytest.raises(UserError, match=r"labels.txt, row 2: a template holds \{\}"):
@@ -244,12 +269,13 @@ def test_templates_and_folders(scene_run, labelled, tiny_data, capsys):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / image.name).write_bytes(image.read_bytes())
     settings = {"zero_shot": str(labelled / "labels.txt"), "templates": str(labelled / "templates.txt")}
-    found = run_command(scene_run, labelled, tiny_data, **settings, images=str(labelled / "photos"), captions_path="")
+    settings |= {"captions_path": "", "image_path": ""}
+    found = run_command(scene_run, labelled, tiny_data, **settings, images=str(labelled / "photos"))
     assert found["n_images"] == 8 and set(found["per_class_recall"]) == {"red", "green", "blue", "yellow"}
     assert "2 templates" in capsys.readouterr().out
     # Without sub-folders there is no truth: the three best labels
     photos = labelled / "photos/red"
-    found = run_command(scene_run, labelled, tiny_data, **settings, images=str(photos), captions_path="")
+    found = run_command(scene_run, labelled, tiny_data, **settings, images=str(photos))
     out = capsys.readouterr().out
     assert list(found["best_labels"]) == ["00.png", "04.png"] and "acc@1" not in found
     for name, ranked in found["best_labels"].items():
@@ -270,7 +296,17 @@ def test_mistakes(scene_run, labelled, tiny_data, tmp_path):
     line = wrong(zero_shot=str(tmp_path / "few.txt"))
     assert "the label 'yellow' of 23.png is not among the 4 labels. Did you mean yelow?" in line
     assert "no column of labels" in wrong(zero_shot="table", captions_path=str(tiny_data.captions_path))
-    assert "there is no folder" in wrong(zero_shot=str(labelled / "labels.txt"), images=str(tmp_path / "nowhere"))
+    labels, nowhere = str(labelled / "labels.txt"), str(tmp_path / "nowhere")
+    assert "there is no folder" in wrong(zero_shot=labels, images=nowhere, captions_path="", image_path="")
+    assert "--captions-path is of no use with --images" in wrong(zero_shot=labels, images=nowhere)
+    assert "--image-path is of no use with --images" in wrong(zero_shot=labels, images=nowhere, captions_path="")
+    assert "--split is of no use with --images" in wrong(zero_shot="table", images=nowhere, split="test")
+    assert "there is no folder" in wrong(zero_shot="table", images=nowhere)  # whose labels the captions file holds
+    table = pd.read_csv(labelled / "labelled.csv")
+    table.loc[table["image"] == "00.png", "label"] = "Red"
+    table.to_csv(tmp_path / "twice.csv", index=False)
+    line = wrong(zero_shot="table", captions_path=str(tmp_path / "twice.csv"))
+    assert "twice.csv has the labels 'Red' and 'red', which prompts cannot tell apart" in line
     assert "one of --zero-shot or --linear-probe" in wrong(
         zero_shot="table", linear_probe=True, confusion=str(tmp_path / "m.png")
     )

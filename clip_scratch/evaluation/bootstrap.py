@@ -31,5 +31,5 @@ def resampled_recalls(hits: np.ndarray, sizes: np.ndarray, resamples: int = RESA
 
 
 def interval(samples: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """The percentile interval of bootstrap samples (resamples, M): lower and upper ends, (2, M)."""
+    """The percentile interval of bootstrap samples (resamples, ...): lower and upper ends, (2, ...)."""
     return np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..config import CFG
+from ..config import CFG, PRESETS
 from ..errors import UserError
 from ..training.checkpoint import load, write_json
 from ..training.device import pick_device
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from ..models.clip import DualEncoder
 
 ZERO_SHOT = "zero_shot.json"  # in the folder of a run that began with a pretrained CLIP
+# The settings that say which images and captions a run validates on
+_DATA = (
+    "captions_path", "image_path", "captions_format", "image_column", "caption_column", "valid_captions_path",
+    "test_captions_path", "valid_fraction", "test_fraction", "on_bad_image", "n_scenes", "seed",
+)  # fmt: skip
 
 
 # ---- what a model found
@@ -44,7 +50,7 @@ class Measured:
     image_of_caption: torch.Tensor  # (C,) rows of `images`
     image_rank: torch.Tensor  # (C,) from 1
     text_rank: torch.Tensor  # (N,) from 1
-    fingerprint: str = ""  # of the captions with their images; empty where it is not known
+    fingerprint: str = ""  # `fingerprint_of` the captions; empty where it is not known
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -75,9 +81,13 @@ def measure(model: DualEncoder, cfg: CFG, table: pd.DataFrame) -> Measured:
 
     loader = build_loaders(table, model.tokenizer, "valid", cfg)
     images, texts, own = embed(model, loader, cfg)
+    return Measured(loader.dataset.names, own, *ranks(images, texts, own), fingerprint_of(table))
+
+
+def fingerprint_of(table: pd.DataFrame) -> str:
+    """The SHA-256 of a caption table's (image, caption) pairs, whatever their order."""
     pairs = sorted(zip(table["image"], table["caption"], strict=True))
-    fingerprint = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-    return Measured(loader.dataset.names, own, *ranks(images, texts, own), fingerprint)
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def save_zero_shot(
@@ -87,14 +97,17 @@ def save_zero_shot(
     image_of_caption: torch.Tensor | Sequence[int],
     image_rank: torch.Tensor | Sequence[int],
     text_rank: torch.Tensor | Sequence[int],
+    fingerprint: str = "",
 ) -> None:
     """Keep what the untouched model found on a run's validation split, for `read_zero_shot`.
 
-    Names of the N images, the image row of each caption (C,), and the two results of `ranks`.
+    Names of the N images, the image row of each caption (C,), the two results of `ranks`, and `fingerprint_of` the
+    split's captions.
     """
     lists = {"image_of_caption": image_of_caption, "image_rank": image_rank, "text_rank": text_rank}
     lists = {name: torch.as_tensor(values).tolist() for name, values in lists.items()}
-    write_json(Path(path), {"model_name": model_name, "split": "valid", "images": list(names), **lists})
+    head = {"model_name": model_name, "split": "valid", "fingerprint": fingerprint, "images": list(names)}
+    write_json(Path(path), head | lists)
 
 
 def read_zero_shot(path: str | Path) -> tuple[str, Measured]:
@@ -104,11 +117,14 @@ def read_zero_shot(path: str | Path) -> tuple[str, Measured]:
         own, image_rank, text_rank = (
             torch.tensor(saved[name], dtype=torch.long) for name in ("image_of_caption", "image_rank", "text_rank")
         )
-        measured = Measured(saved["images"], own, image_rank, text_rank)
-        whole = len(own) == len(image_rank) and len(text_rank) == len(measured.images) and measured.captions_per_image()
-        if not whole:
+        images = list(saved["images"])
+        every_image = list(range(len(images)))
+        if not images or len(text_rank) != len(images) or len(image_rank) != len(own):
             raise ValueError("its lists do not fit together")
-        return saved["model_name"], measured
+        if sorted(set(own.tolist())) != every_image:
+            raise ValueError("its captions are not those of its images")
+        fingerprint = str(saved.get("fingerprint", ""))  # files of older runs have none
+        return saved["model_name"], Measured(images, own, image_rank, text_rank, fingerprint)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({error}): train the run again, or delete the file") from error
 
@@ -198,7 +214,7 @@ class Comparison:
         return comparison_table.markdown(self)
 
     def csv(self) -> str:
-        """The table for a spreadsheet: recalls, intervals and differences in percent, unrounded."""
+        """The table for a spreadsheet: recalls, intervals and differences in percent, to six digits."""
         return comparison_table.csv_text(self)
 
     def chart(self, path: str | Path) -> Path:
@@ -241,7 +257,7 @@ def compare(
     recorded = [] if captions_path or split != "valid" else _recorded(rows)
     for row in recorded:
         _check_same(row, rows[0])
-    notes = _notes(rows, recorded)
+    notes = _notes(rows, recorded, captions_path, image_path)
     _name(rows, recorded)
     ordered = [*recorded, *sorted(rows, key=lambda row: not row.is_zero_shot)]
     return Comparison(ordered, measured_split, n_ambiguous, notes)
@@ -273,22 +289,40 @@ def _check_same(one: Row, other: Row) -> None:
     )
 
 
-def _notes(rows: list[Row], recorded: list[Row]) -> list[str]:
-    """What the reader of the table should know besides."""
+def _notes(rows: list[Row], recorded: list[Row], captions_path: str, image_path: str) -> list[str]:
+    """Where zero-shot figures are wanting, the command that makes a run of them on the captions of the table."""
     notes = []
     covered = {row.model_name for row in [*rows, *recorded] if row.is_zero_shot}
-    wanting = [row.model_name for row in rows if row.cfg.backend == "hf_clip" and row.model_name not in covered]
-    command = "python -m clip_scratch.train hf_clip --epochs 0"
-    for name in dict.fromkeys(wanting):
+    wanting: dict[str, CFG] = {}
+    for row in rows:
+        if row.cfg.backend == "hf_clip" and row.model_name not in covered:
+            wanting.setdefault(row.model_name, row.cfg)
+    for name, cfg in wanting.items():
         notes.append(
-            f"There are no zero-shot figures of {name} on these captions. `{command} --model-name {shlex.quote(name)}` "
-            "makes a run of the untouched model: compare with it too."
+            f"There are no zero-shot figures of {name} on these captions. "
+            f"`{_zero_shot_command(cfg, captions_path, image_path, name)}` makes a run of the untouched model: compare "
+            "with it too."
         )
     if not covered and not wanting:
         notes.append(
-            f"There is no zero-shot row. `{command}` makes a run of an untouched pretrained CLIP to compare with."
+            f"There is no zero-shot row. `{_zero_shot_command(rows[0].cfg, captions_path, image_path)}` makes a run of "
+            "an untouched pretrained CLIP to compare with."
         )
     return notes
+
+
+def _zero_shot_command(cfg: CFG, captions_path: str, image_path: str, model_name: str = "") -> str:
+    """The command that makes a zero-shot run on the captions of a run with settings `cfg`, or on another file's."""
+    preset = PRESETS["hf_clip"]()
+    if captions_path:
+        cfg = dataclasses.replace(preset, captions_path=captions_path, image_path=image_path)
+    elif image_path:
+        cfg = dataclasses.replace(cfg, image_path=image_path)
+    options = {name: getattr(cfg, name) for name in _DATA if getattr(cfg, name) != getattr(preset, name)}
+    if model_name:
+        options = {"model_name": model_name, **options}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return "python -m clip_scratch.train hf_clip --epochs 0" + "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def _name(rows: list[Row], recorded: list[Row]) -> None:

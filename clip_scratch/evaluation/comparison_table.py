@@ -54,7 +54,10 @@ def _cells(comparison: Comparison, bold: tuple[str, str]) -> list[list[str]]:
 def _epochs(record: RunRecord) -> str:
     if record.epochs is None:
         return _UNKNOWN
-    return f"{record.epochs} (best {record.best_epoch})" if record.epochs else "0"
+    if not record.epochs:
+        return "0"
+    kept = "mixed" if record.wise_ft_alpha is not None else f"best {record.best_epoch}"
+    return f"{record.epochs} ({kept})"
 
 
 def _count(n: int | None) -> str:
@@ -86,11 +89,17 @@ def _notes(comparison: Comparison) -> list[str]:
     """What the reader of the table should know besides."""
     notes = []
     for row in comparison.rows:
-        alpha = row.record.wise_ft_alpha
-        if row.record.epochs and row.record.best_epoch == 0:
-            notes.append(f"{row.name}: no epoch was better than the untouched model, which was kept.")
+        alpha, epoch = row.record.wise_ft_alpha, row.record.best_epoch
         if alpha is not None:
-            notes.append(f"{row.name}: {alpha:g} of the fine-tuned weights, the rest zero-shot (WiSE-FT).")
+            of = f" of epoch {epoch}" if epoch else ""
+            notes.append(f"{row.name}: {alpha:g} of the fine-tuned weights{of}, the rest zero-shot (WiSE-FT).")
+        elif row.record.epochs and epoch == 0:
+            notes.append(f"{row.name}: no epoch was better than the untouched model, which was kept.")
+    if comparison.split == "valid" and any(row.record.epochs != 0 for row in comparison.rows):
+        notes.append(
+            "The best epoch of each trained run (and the alpha of WiSE-FT) was chosen on the validation split, so on "
+            "images that nothing was chosen by (--split test) the figures of tuned runs tend to be a little lower."
+        )
     if comparison.n_ambiguous:
         notes.append(ambiguity(comparison.n_ambiguous, comparison.n_captions))
     return notes + comparison.notes
@@ -147,7 +156,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """One line a row: recalls, interval ends and differences to zero-shot in percent; empty where unknown."""
+    """A line a row: recalls, interval ends, differences to zero-shot in percent to six digits; empty where unknown."""
     ways, ends = ("i2t", "t2i"), ("low", "high")
     header = ["run", "zero_shot", "model_name", "split", "n_images", "n_captions"]
     header += [f"{way}_r@{k}" for way, _, k in _RECALLS]

@@ -1,4 +1,8 @@
-"""Linear probe: logistic regression on frozen image embeddings (Radford et al. 2021, section 3.2)."""
+"""Linear probe: logistic regression on frozen image embeddings, as in Radford et al. 2021, section 3.2, but for one.
+
+The features are the embeddings that retrieval compares: projected and L2-normalised. The paper probes what the image
+tower gives before the projection, so its accuracies are not to be compared with these.
+"""
 
 from __future__ import annotations
 
@@ -82,9 +86,11 @@ def linear_probe(
 ) -> Probe:
     """Fit on `train`, report on `report`; each is features (N, D) and N labels.
 
-    C is chosen on `valid`, or without it on a fifth of the training images, and the classifier then fitted on all
-    of them. The figures are over the training classes; the `n_unseen` reported images whose class has no training
-    image count as wrong. Raises UserError where there is one class only.
+    C is chosen on `valid`, or without it on a fifth of the training images, set aside for it, and the classifier
+    then fitted on all training images. So the command does with --split test, where it gives the validation split
+    as `valid`, and with the default --split valid, where it gives none.
+    The figures are over the training classes; the `n_unseen` reported images whose class has no training image count
+    as wrong. Raises UserError where there is one class only.
     """
     features, labels = train[0], np.asarray(train[1])
     if len(set(labels.tolist())) < 2:

@@ -42,13 +42,17 @@ def settings_of(run: str | Path) -> CFG:
 
 
 def read_record(run: str | Path) -> RunRecord:
-    """The record of a run folder or of its `best/`. Raises UserError for a path that is no run or is damaged."""
+    """The record of a run folder or of its `best/`. Raises UserError for a path that is no run or is damaged.
+
+    A pretrained CLIP counts as one that trained no epoch if its last epoch is 0, and, where only `best/` was kept, if
+    that holds the weights of epoch 0.
+    """
     cfg, folder = settings_of(run), run_folder(run)
     lines = _json_lines(folder / "metrics.jsonl")
     last = lines[-1] if lines else {}
     best = folder / "best" if (folder / "best").is_dir() else folder
     kept = _json(best / "metrics.json")
-    if cfg.backend == "hf_clip" and last.get("epoch") == 0:
+    if cfg.backend == "hf_clip" and (last or kept).get("epoch") == 0:
         return RunRecord(0, 0, wall_seconds=last.get("wall_seconds"))
     return RunRecord(
         epochs=last.get("epoch"),

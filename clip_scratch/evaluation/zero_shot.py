@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ def classify(
     labels: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
 ) -> list[list[tuple[str, float]]]:
-    """For each image, every label with its probability, best first.
+    """For each image, every label, as it was given, with its probability, best first.
 
     Probabilities are the softmax at the model's temperature over the cosines with `label_embeddings`. Raises
     UserError for a template without {} and where there is no label or template.
@@ -41,15 +41,15 @@ def ranked_labels(model: DualEncoder, cosine: torch.Tensor, labels: Sequence[str
 def label_embeddings(model: DualEncoder, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> torch.Tensor:
     """One L2-normalised vector per label, (K, P): the mean of its normalised prompts, normalised again.
 
-    Radford et al. 2021, section 3.1.4. Raises UserError for a template without {} and where there is no label or
-    template.
+    Radford et al. 2021, section 3.1.4. In the prompts the underscores of a label are spaces: data sets name their
+    classes like dhoti_pants. Raises UserError for a template without {} and where there is no label or template.
     """
     if not labels or not templates:
         raise UserError("classification needs at least one label and one template")
     if wrong := [t for t in templates if "{}" not in t]:
         raise UserError(f"a template holds {{}} where the label goes, not {wrong[0]!r}")
     # replace, not format: what else a template has in braces is part of the sentence
-    prompts = [template.replace("{}", label) for label in labels for template in templates]
+    prompts = [template.replace("{}", label.replace("_", " ")) for label in labels for template in templates]
     per_label = encode_text(model, prompts).view(len(labels), len(templates), -1).mean(1)  # (K, P)
     return F.normalize(per_label, dim=-1)
 
@@ -57,16 +57,41 @@ def label_embeddings(model: DualEncoder, labels: Sequence[str], templates: Seque
 def read_labels(path: str | Path) -> list[str]:
     """The labels of a text file, one a line; blank lines do not count.
 
-    Raises UserError where it cannot be read, holds none, or holds one twice, case and spacing aside: most
-    tokenizers could not tell the two apart.
+    Raises UserError where it cannot be read, holds none, or holds one twice, case, spacing and underscores aside:
+    most tokenizers could not tell the two prompts apart.
     """
-    rows: dict[str, int] = {}
-    for row, label in _lines(path, "labels"):
-        words = " ".join(label.lower().split())
-        if words in rows:
-            raise UserError(f"{path}, row {row}: the label {label!r} stands in row {rows[words]} already")
-        rows[words] = row
-    return [label for _, label in _lines(path, "labels")]
+    lines = _lines(path, "labels")
+    labels = [label for _, label in lines]
+    if pair := _alike(labels):
+        (row, label), (other_row, other) = (lines[place] for place in pair)
+        raise UserError(f"{path}, row {other_row}: the label {other!r} stands in row {row} already, as {label!r}")
+    return labels
+
+
+def distinct_labels(given: Iterable[str], source: str) -> list[str]:
+    """The labels that occur among those given for the images of `source`, sorted.
+
+    Raises UserError, as `read_labels` does, for two that differ in no more than case, spacing and underscores.
+    """
+    labels = sorted(set(given))
+    if pair := _alike(labels):
+        one, other = (labels[place] for place in pair)
+        raise UserError(
+            f"{source} has the labels {one!r} and {other!r}, which prompts cannot tell apart: write both alike "
+            "if they are one class, and in other words if they are two"
+        )
+    return labels
+
+
+def _alike(labels: Sequence[str]) -> tuple[int, int] | None:
+    """The places of two labels that differ in no more than case, spacing and underscores; None without such."""
+    places: dict[str, int] = {}
+    for place, label in enumerate(labels):
+        words = " ".join(label.replace("_", " ").lower().split())
+        if words in places:
+            return places[words], place
+        places[words] = place
+    return None
 
 
 def read_templates(path: str | Path) -> list[str]:

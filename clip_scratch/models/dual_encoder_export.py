@@ -1,8 +1,12 @@
 """A from-scratch model in transformers' stock classes: TimmWrapperModel + BertModel in a VisionTextDualEncoderModel.
 
 Those classes differ from ours in three ways: the projections have no bias, the text tower always pools the first
-token, and through tanh. None of them is in the way of the same embeddings up to a scale, which the final
-normalisation removes; how is told where it is done.
+token, and through tanh. The weights are set so that the embeddings come out nearly the same all the same, up to a
+scale, which the final normalisation removes; how is told where it is done. The construction is our own, of no paper.
+
+It is not exact. The image head's bias becomes a ridge fit; with mean pooling and P >= D - 1 one direction of the text
+features is lost; tanh is only nearly linear. Measured on Flickr8k's dev split: rsum 360.0 -> 359.8, lowest cosine
+between an embedding and the exported one 0.99988 of an image, 0.999999 of a caption.
 
 Shapes: N images, D features of a tower, P projected dimensions.
 """
@@ -56,7 +60,10 @@ def to_dual_encoder(model: CLIPModel, features: torch.Tensor) -> VisionTextDualE
         dual = _random_dual_encoder(model)
     with torch.no_grad():
         dual.vision_model.timm_model.load_state_dict(model.image_encoder.model.state_dict())
-        dual.text_model.load_state_dict(model.text_encoder.model.state_dict(), strict=False)
+        n_layers = model.text_encoder.model.config.num_hidden_layers
+        added = ("pooler.", f"encoder.layer.{n_layers}.")  # what `_text_pooling` sets
+        missing, unexpected = dual.text_model.load_state_dict(model.text_encoder.model.state_dict(), strict=False)
+        assert not unexpected and all(name.startswith(added) for name in missing), (missing, unexpected)
         dual.visual_projection.weight.copy_(_image_projection(model.image_projection[-1], features))
         pooling = _text_pooling(dual.text_model, model.text_projection[-1], model.cfg.text_pooling)
         dual.text_projection.weight.copy_(pooling)
@@ -123,7 +130,7 @@ def _text_pooling(text: BertModel, head: nn.Linear, pooling: str) -> torch.Tenso
 
     Mean: the additional layer's queries and keys are 0, so each token attends equally to all that are not masked.
     Its LayerNorms, which take away what lies along q, here take nothing, but leave no direction free for
-    the constant: the one that W Rᵀ sees least gives way, and where D > P it sees that one not at all.
+    the constant: the one that W Rᵀ sees least gives way, and where P < D - 1 it sees that one not at all.
     """
     final = text.encoder.layer[-2 if pooling == "mean" else -1].output.LayerNorm
     gamma, beta = final.weight.double(), final.bias.double()
@@ -194,7 +201,7 @@ def image_processor(model: DualEncoder) -> BaseImageProcessor:
         patch = model.hf.config.vision_config.patch_size
         return Siglip2ImageProcessor(patch_size=patch, max_num_patches=(cfg.size // patch) ** 2, **settings)
     if cfg.resize == "crop":
-        return CLIPImageProcessor(size={"shortest_edge": cfg.size}, crop_size=square, **settings)
+        return CLIPImageProcessor(size={"shortest_edge": cfg.crop_from or cfg.size}, crop_size=square, **settings)
     return ViTImageProcessor(size=square, **settings)
 
 
