@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from .errors import UserError, run_command
+from .hub import no_loading_bar
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,8 @@ def export(
         images = image_folder(cfg, table)
         valid = check_images(split_of(table, "valid", cfg.captions_path), images, cfg.on_bad_image)
         if cfg.backend == "hf_clip":
-            model.hf.save_pretrained(unfinished)
+            with no_loading_bar():
+                model.hf.save_pretrained(unfinished)
         else:
             train = split_of(table, "train", cfg.captions_path).drop_duplicates("image_id")
             train = check_images(train.iloc[:: -(-len(train) // _FEATURES)], images, cfg.on_bad_image)
@@ -112,7 +114,8 @@ def _write_dual_encoder(model: CLIPModel, loader, folder: Path) -> None:
     with torch.inference_mode():
         pixels = (batch["pixels"].to(model.device) for batch in loader)
         features = torch.cat([model.image_encoder((p - model.mean) / model.std).cpu() for p in pixels])  # (N, D)
-    to_dual_encoder(model, features.clone()).save_pretrained(folder)
+    with no_loading_bar():
+        to_dual_encoder(model, features.clone()).save_pretrained(folder)
 
 
 def _write_preprocessing(model: DualEncoder, folder: Path) -> None:
@@ -129,7 +132,6 @@ def _read_back(model: DualEncoder, folder: Path) -> torch.nn.Module:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    from .hub import no_loading_bar
     from .models.dual_encoder_export import ExportedModel
 
     if model.cfg.backend == "from_scratch":
