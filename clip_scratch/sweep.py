@@ -38,7 +38,7 @@ def sweep(cfg: CFG) -> Path:
     """
     from .evaluation.comparison import compare
     from .models.freezing import blocks
-    from .training.checkpoint import load, write_atomically
+    from .training.checkpoint import SETTINGS, load, write_atomically
 
     if cfg.backend != "hf_clip":
         raise UserError("--sweep freezing starts from zero-shot: it needs a pretrained CLIP, as the preset hf_clip has")
@@ -49,6 +49,8 @@ def sweep(cfg: CFG) -> Path:
     if cfg.resume:
         raise UserError(f"a sweep goes on with the same command and --run-dir {cfg.resume}")
     folder = Path(cfg.run_dir or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
+    if (folder / SETTINGS).is_file():
+        raise UserError(f"{folder} is a run: choose another --run-dir for the sweep's runs")
     try:
         runs = [_train(cfg, folder / "zero-shot", {"epochs": 0})]
         _, depth = blocks(load(runs[0]).towers["image"])

@@ -271,10 +271,12 @@ def main(cfg: CFG | type[CFG]) -> Path:
             interrupt.stop_if_asked()
             report.draw_epoch(log, measured, valid_df, embeddings[0], progress.step)
             report.report_epoch(line, progress, cfg, chance)
-    log.close()
-    if cfg.wise_ft:
-        print(wise_ft.mix(folder, measured, progress.epoch, valid_loader, device))
-    report.report_run(folder, progress, valid_df, device, is_pretrained)
+        log.close()
+        if cfg.wise_ft:
+            print(wise_ft.mix(folder, measured, progress.epoch, valid_loader, device))
+        interrupt.stop_if_asked()
+        report.report_run(folder, progress, valid_df, device, is_pretrained)
+        interrupt.stop_if_asked()  # of a sweep the next run is not begun
     return folder
 
 

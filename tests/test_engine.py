@@ -312,8 +312,8 @@ HEALTHY = {
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"train_loss": math.log(32) - 0.01}, "sits at chance"),
-        ({"train_loss": math.log(32) + 3}, "sits at chance"),
+        ({"train_loss": math.log(32) - 0.01, "rsum": 21.0}, "sits at chance"),
+        ({"train_loss": math.log(32) + 3, "rsum": 21.0}, "sits at chance"),
         ({"spread": 0.99}, "collapsed"),
         ({"logit_scale": 100.0}, "clamp"),
         ({"rsum": 19.9}, "below where training started"),

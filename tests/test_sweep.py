@@ -74,6 +74,8 @@ def test_a_sweep_does_not_mix_runs_of_different_settings(hf_cfg, tmp_path, monke
     main(dataclasses.replace(cfg, sweep="", epochs=0, run_dir=str(tmp_path / "zero-shot")))
     with pytest.raises(UserError, match="zero-shot was trained with batch_size=4, not 5: choose another --run-dir"):
         main(dataclasses.replace(cfg, batch_size=5))
+    with pytest.raises(UserError, match="zero-shot is a run: choose another --run-dir"):
+        main(dataclasses.replace(cfg, run_dir=str(tmp_path / "zero-shot")))
     with pytest.raises(UserError, match="sets image_freezing and text_freezing itself"):
         main(dataclasses.replace(cfg, text_freezing="lora"))
 

@@ -79,6 +79,11 @@ def split_of(table: pd.DataFrame, split: str, source: str) -> pd.DataFrame:
     return rows.reset_index(drop=True)
 
 
+def plain_words(captions: pd.Series) -> pd.Series:
+    """The captions in lower case with single spaces: two that are equal then say the same."""
+    return captions.str.lower().str.split().str.join(" ")
+
+
 def image_folder(cfg: CFG, table: pd.DataFrame | None = None) -> Path:
     """The folder that the `image` column is relative to.
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .captions import image_folder
+from .captions import image_folder, plain_words
 from .images import image_transform, load_image
 from .tokenizer import TokenTable, tokenize
 
@@ -43,7 +43,7 @@ class CaptionedImages(Dataset):
         self.rows: list[np.ndarray] = [groups[i] for i in self.image_ids]  # caption rows of each image
         self.tokens: TokenTable = tokenize(table["caption"].tolist(), tokenizer, cfg.max_length)
         # captions that read the same, in whatever case and spacing, share an id: they are positives of each other
-        self.caption_ids = pd.factorize(table["caption"].str.lower().str.split().str.join(" "))[0]
+        self.caption_ids = pd.factorize(plain_words(table["caption"]))[0]
         self.per_image = cfg.captions_per_image if train else 0  # 0: all of them
         self.seed = cfg.seed if train else None
         self.transform = image_transform(cfg, train)

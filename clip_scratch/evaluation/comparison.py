@@ -291,7 +291,11 @@ def _check_same(one: Row, other: Row) -> None:
 
 def _notes(rows: list[Row], recorded: list[Row], captions_path: str, image_path: str) -> list[str]:
     """Where zero-shot figures are wanting, the command that makes a run of them on the captions of the table."""
-    notes = []
+    notes = [
+        f"{row.source} has not finished an epoch: its row is that of the untouched model."
+        for row in rows
+        if row.is_zero_shot and row.cfg.epochs
+    ]
     covered = {row.model_name for row in [*rows, *recorded] if row.is_zero_shot}
     wanting: dict[str, CFG] = {}
     for row in rows:

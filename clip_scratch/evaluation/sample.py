@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 import pandas as pd
 
 from ..config import CFG
-from ..data.captions import check_images, image_folder, read_captions, split_of
+from ..data.captions import check_images, image_folder, plain_words, read_captions, split_of
 from ..errors import UserError
 
 WHOLE = "all"  # the split of a captions file that has none
@@ -48,8 +48,7 @@ def part_of(cfg: CFG, table: pd.DataFrame, split: str) -> tuple[pd.DataFrame, st
 
 def count_ambiguous(table: pd.DataFrame) -> int:
     """How many captions also stand, in the same words, case and spacing aside, under another image of the table."""
-    words = table["caption"].str.lower().str.split().str.join(" ")
-    return int((table.groupby(words)["image_id"].transform("nunique") > 1).sum())
+    return int((table.groupby(plain_words(table["caption"]))["image_id"].transform("nunique") > 1).sum())
 
 
 def image_labels(cfg: CFG, table: pd.DataFrame) -> pd.Series:

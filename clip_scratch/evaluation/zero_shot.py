@@ -122,5 +122,7 @@ def targets_of(images: Images, labels: Sequence[str]) -> torch.Tensor:
     for name, label in zip(images.names, images.labels, strict=True):
         if label not in number:
             near = suggest(label, labels)
-            raise UserError(f"the label {label!r} of {name} is not among the {len(labels):,} labels.{near}")
+            others = len(set(images.labels) - number.keys()) - 1
+            more = f" Nor are {others:,} other true labels." if others else ""
+            raise UserError(f"the label {label!r} of {name} is not among the {len(labels):,} labels.{near}{more}")
     return torch.tensor([number[label] for label in images.labels], dtype=torch.long)

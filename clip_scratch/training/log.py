@@ -55,7 +55,8 @@ def warnings_for(
     CLIP may start at the clamp of its temperature, which then says nothing.
     """
     said = []
-    if loss == "infonce" and train_loss > 0.98 * chance:
+    # A pretrained model may begin above chance, and learn
+    if loss == "infonce" and train_loss > 0.98 * chance and rsum < 1.1 * start_rsum:
         said.append(
             f"the loss ({train_loss:.3f}) sits at chance ({chance:.3f}, ln of the batch size): nothing is learned. "
             "Try a higher learning rate, a warm-up, or look whether captions and images belong together"
