@@ -57,6 +57,15 @@ def flickr8k():
     return FLICKR8K
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """No pictures: they take most of the time of so small a run."""
+    import clip_scratch.report as report
+
+    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
+    monkeypatch.setattr(report, "report_run", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """26 drawn images with one to five captions each: `.captions_path`, `.image_path`, `.table` (20 train, 6 valid).

@@ -41,13 +41,6 @@ TIMINGS = {"pairs_per_second", "images_per_second", "seconds", "wall_seconds"}
 
 
 @pytest.fixture
-def plain(monkeypatch):
-    """No pictures: they take most of the time of so small a run."""
-    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
-    monkeypatch.setattr(report, "report_run", lambda *_: None)
-
-
-@pytest.fixture
 def changed(hf_clip, tmp_path):
     """A copy of a model's folder to change."""
 

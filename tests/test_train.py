@@ -52,13 +52,6 @@ def last_of(folder):
 
 
 @pytest.fixture
-def plain(monkeypatch):
-    """No pictures: they take most of the time of so small a run."""
-    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
-    monkeypatch.setattr(report, "report_run", lambda *_: None)
-
-
-@pytest.fixture
 def cfg(tiny_cfg, tmp_path):
     """5 steps an epoch, 2 epochs, with everything random switched on."""
     settings = {"batch_size": 4, "dropout": 0.3, "image_dropout": 0.2, "text_dropout": 0.2, "crop_scale": 0.5}

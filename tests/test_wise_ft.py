@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 import clip_scratch.evaluation.retrieval as retrieval
-import clip_scratch.report as report
 from clip_scratch import CFG, load
 from clip_scratch.data.captions import read_captions, split_of
 from clip_scratch.data.loaders import build_loaders
@@ -32,12 +31,6 @@ def scripted(patch, rsums):
     """Have the epochs, 0 first, reach these `rsums`; a mixture is measured as it is."""
     real, values = retrieval.recall_at_k, iter(rsums)
     patch.setattr(retrieval, "recall_at_k", lambda *args: real(*args) | {"rsum": next(values)})
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
-    monkeypatch.setattr(report, "report_run", lambda *_: None)
 
 
 @pytest.fixture

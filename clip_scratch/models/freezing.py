@@ -94,12 +94,12 @@ def blocks(tower: nn.Module) -> tuple[dict[str, int], int]:
         return dict.fromkeys(names, 1), 1
     # The list that holds most of the weights; the outermost of equals
     path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    inside = [name.startswith(f"{path}.") for name in names]
-    number, passed = {}, False
-    for name, is_inside in zip(names, inside, strict=True):
-        passed = passed or is_inside
-        own = int(name[len(path) + 1 :].partition(".")[0]) + 1 if is_inside else 0
-        number[name] = own if is_inside else (len(layers) + 1 if passed else 0)
+    number, outside = {}, 0  # outside the list: the stem, and after its first layer what stands on top
+    for name in names:
+        number[name] = outside
+        if name.startswith(f"{path}."):
+            number[name] = int(name[len(path) + 1 :].partition(".")[0]) + 1
+            outside = len(layers) + 1
     return number, len(layers)
 
 

@@ -119,9 +119,9 @@ class HFCLIPModel(DualEncoder):
         return self.hf.config
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        if self.hf.config.model_type == "siglip2":
-            return _pooled(self.hf.get_image_features(**_patches(pixels, self.hf.config.vision_config.patch_size)))
-        return _pooled(self.hf.get_image_features(pixel_values=pixels))  # (B, 3, S, S) -> (B, P)
+        naflex = self.hf.config.model_type == "siglip2"
+        inputs = _patches(pixels, self.hf.config.vision_config.patch_size) if naflex else {"pixel_values": pixels}
+        return self.hf.get_image_features(**inputs).pooler_output  # (B, P)
 
     def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         if self.padded_length:
@@ -130,11 +130,11 @@ class HFCLIPModel(DualEncoder):
             if self.tokenizer.padding_side == "left":
                 column = torch.arange(length, device=input_ids.device) + attention_mask.sum(1, keepdim=True)
                 input_ids = input_ids.gather(1, column % length)
-            return _pooled(self.hf.get_text_features(input_ids=input_ids))
+            return self.hf.get_text_features(input_ids=input_ids).pooler_output
         return features_in_chunks(self._masked_text_features, input_ids, attention_mask)
 
     def _masked_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return _pooled(self.hf.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
+        return self.hf.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
 
 
 def _is_clip(hf: nn.Module) -> bool:
@@ -156,11 +156,6 @@ def _refuse_foreign_settings(cfg: CFG) -> None:
     for name in _FROM_SCRATCH:
         if getattr(cfg, name) != getattr(CFG, name):
             raise UserError(f"{name} is for models from scratch: {cfg.model_name} brings its own. Leave it out")
-
-
-def _pooled(output: object) -> torch.Tensor:
-    """The projected features (N, P): transformers before 5.0 gave them as they are."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def _patches(pixels: torch.Tensor, size: int) -> dict[str, torch.Tensor]:

@@ -41,8 +41,7 @@ def mix(folder: Path, last: DualEncoder, epochs: int, valid_loader: Loader, devi
     """Put the mixture that `wise_ft` asks for in the place of the best epoch, and say how each alpha does.
 
     Where no epoch was better than zero-shot, the model `last` of all `epochs` is mixed in: to overshoot is what a
-    mixture mends.
-    "auto" takes the alpha with the highest validation rsum. Does nothing where that has been done.
+    mixture mends. "auto" takes the alpha with the highest validation rsum. Does nothing where that has been done.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
