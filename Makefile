@@ -1,4 +1,5 @@
 # make train   make .venv, install the package, train on the built-in scenes
+# make bench   the same .venv with the bench extra; benchmarks against the classical loop (about 15 minutes)
 # make test    the same .venv with the test extra; ruff and all tests
 # make clean   remove .venv, build products and caches; data/ and runs/ stay
 #
@@ -10,11 +11,14 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: train test clean
+.PHONY: train bench test clean
 .NOTPARALLEL:
 
 train: $(VENV)/.package
 	$(PY) -m clip_scratch.train $(ARGS)
+
+bench: $(VENV)/.bench
+	$(PY) -m benchmarks $(ARGS)
 
 test: $(VENV)/.test
 	$(PY) -m ruff check
@@ -41,6 +45,10 @@ $(VENV)/.package: setup.cfg constraints.txt
 
 $(VENV)/.test: setup.cfg constraints.txt
 	$(call install,.[test])
+	@touch $(VENV)/.package $@
+
+$(VENV)/.bench: setup.cfg constraints.txt
+	$(call install,.[bench])
 	@touch $(VENV)/.package $@
 
 clean:

@@ -10,7 +10,9 @@ from .config import CFG, PRESETS
 from .errors import UserError, suggest
 
 # What may change when a run goes on: none of it touches the weights' shapes, the data or the order of batches.
-_FREE_ON_RESUME = {"resume", "run_dir", "device", "num_workers", "checkpoint_steps", "on_bad_image"}
+_FREE_ON_RESUME = {
+    "resume", "run_dir", "device", "num_workers", "checkpoint_steps", "on_bad_image", "image_cache", "cache_path",
+}  # fmt: skip
 
 
 def resumed(cfg: CFG, defaults: CFG | type[CFG] = CFG) -> CFG:

@@ -64,6 +64,9 @@ class CFG(metaclass=_Settings):
     horizontal_flip: float = 0.5  # probability of a mirrored training image
     color_jitter: float = 0.2  # strength of brightness, contrast and saturation jitter; 0: none
     hue_jitter: float = 0.0  # strength of hue jitter; 0: none
+    crop_margin: int = 0  # side of the square images that training crops are cut from; 0: 8/7 of size, but no more than the images have
+    image_cache: bool = True  # keep the decoded, resized images on disk, where later epochs and runs find them
+    cache_path: str = ""  # folder of that cache and of frozen_views; empty: clip_scratch in the user's cache folder
 
     # Model
     backend: Literal["from_scratch", "hf_clip"] = "from_scratch"  # two encoders and new heads, or a pretrained CLIP of transformers
@@ -74,6 +77,7 @@ class CFG(metaclass=_Settings):
     image_pretrained: bool = True  # start the image tower from pretrained weights (needs pretrained too)
     image_trainable: bool = True  # train the image tower (needs trainable too)
     image_freezing: str = "full"  # which of its parameters train: frozen (none), heads (its projection), first:N (first N blocks frozen), last:N (only these train), lora, full
+    frozen_views: int = 0  # augmented views of each image whose way through frozen layers is computed once and kept; 0: computed anew in every epoch
     freeze_batch_norm: bool = False  # batch norms of the image tower keep their statistics, as small batches want
     image_dropout: float = 0.0  # dropout probability on the image tower's features, before its head
 
@@ -116,16 +120,19 @@ class CFG(metaclass=_Settings):
     patience: int = 1  # epochs without a better rsum before the plateau scheduler lowers the rates
     factor: float = 0.8  # by which the plateau scheduler multiplies the rates
     early_stopping: int = 5  # epochs without a better rsum before the run stops; 0: never
+    stop_at: float = 0.0  # stop once text-to-image R@10 on the validation images, in percent, has reached this; 0: do not
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     ema: float = 0.0  # decay of an exponential moving average of the weights, which then is the model; 0: none
     wise_ft: str = ""  # share of the fine-tuned weights in the final model, the rest being zero-shot (WiSE-FT): 0 to 1, or auto: the best on validation; empty: no mixing
 
     # Machine
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best at hand
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the towers; auto: bf16 where the processor computes in it; fp16 needs a GPU
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the towers; auto: each tower's fastest, measured where a run is long enough; bf16 on a processor without it is fp32; fp16 needs a GPU
     image_precision: Literal["same", "fp32"] = "same"  # fp32: the trained part of the image tower leaves `precision` (depthwise convolutions are slow backward in bf16 on a CPU)
-    channels_last: bool = True  # memory format of the image tower
-    num_workers: int = 0  # processes that load images; 0: the training process itself
+    text_precision: Literal["same", "fp32"] = "same"  # fp32: the trained part of the text tower leaves `precision`
+    channels_last: bool = True  # memory format of the image tower; precision auto measures it too
+    compile: bool = False  # torch.compile of both towers: a minute of compilation, worth it on a GPU or not at all
+    num_workers: int = 0  # processes that decode images where there is no image cache; 0: the training process itself
     checkpoint_steps: int = 200  # optimiser steps between saves within an epoch
 
     # Run
@@ -150,16 +157,16 @@ class CFG(metaclass=_Settings):
 
 # Lowest value that makes sense, for the numbers where a typo would otherwise fail late and obscurely.
 _MINIMUM = {
-    "size": 0, "crop_from": 0, "batch_size": 1, "epochs": 0, "max_length": 3, "projection_dim": 1, "n_scenes": 30, "num_workers": 0,
+    "size": 0, "crop_from": 0, "crop_margin": 0, "frozen_views": 0, "batch_size": 1, "epochs": 0, "max_length": 3, "projection_dim": 1, "n_scenes": 30, "num_workers": 0,
     "captions_per_image": 0, "max_steps": 0, "patience": 0, "early_stopping": 0, "checkpoint_steps": 1,
     "warmup_steps": 0, "temperature": 1e-6, "factor": 1e-6, "crop_scale": 1e-3, "dropout": 0, "weight_decay": 0,
     "head_lr": 0, "image_encoder_lr": 0, "text_encoder_lr": 0, "grad_clip": 0, "horizontal_flip": 0, "ema": 0,
     "image_dropout": 0, "text_dropout": 0, "accumulation": 1, "lora_rank": 1, "lora_lr": 0, "layer_decay": 1e-3,
-    "color_jitter": 0, "hue_jitter": 0, "valid_fraction": 0, "test_fraction": 0,
+    "color_jitter": 0, "hue_jitter": 0, "stop_at": 0, "valid_fraction": 0, "test_fraction": 0,
 }  # fmt: skip
 _MAXIMUM = {
     "dropout": 0.99, "image_dropout": 0.99, "text_dropout": 0.99, "crop_scale": 1, "horizontal_flip": 1, "valid_fraction": 0.9, "test_fraction": 0.9,
-    "factor": 1, "layer_decay": 1, "ema": 0.99999, "hue_jitter": 0.5, "color_jitter": 1,
+    "factor": 1, "layer_decay": 1, "ema": 0.99999, "hue_jitter": 0.5, "color_jitter": 1, "stop_at": 100,
 }  # fmt: skip
 _FREEZING = (r"frozen|heads|full|lora|first:\d+|last:[1-9]\d*", "frozen, heads, first:N, last:N, lora or full")
 _FORM = {
@@ -283,6 +290,28 @@ class Compact(CFG):
     ema = 0.99
 
 
+class Speedrun(Compact):
+    """The shortest way to text-to-image R@10 of 60 on Flickr8k: `python -m clip_scratch.train speedrun`.
+
+    The compact encoders stay frozen and see every image and caption once; what they give is kept, and linear heads
+    learn from it with all captions of an image in a step. benchmarks/speedrun.md has the times.
+    """
+
+    crop_scale = 1.0  # one view of each image, the one that evaluation sees
+    horizontal_flip = 0.0
+    color_jitter = 0.0
+    image_cache = False  # of images that are looked at once it would not pay
+    image_freezing = "heads"
+    text_freezing = "heads"
+    frozen_views = 1
+    image_precision = "same"
+    captions_per_image = 0
+    epochs = 4
+    head_lr = 5e-3
+    warmup_steps = 20
+    stop_at = 60.0
+
+
 class HFClip(CFG):
     """A pretrained CLIP, fine-tuned on your captions: `python -m clip_scratch.train hf_clip --captions-path my.csv`.
 
@@ -358,7 +387,7 @@ class IndoFashion(HFClip):
 
 
 PRESETS: dict[str, type[CFG]] = {
-    "scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "compact": Compact,
+    "scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "compact": Compact, "speedrun": Speedrun,
     "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip, "flickr30k_clip": Flickr30kClip, "food": Food,
     "indo_fashion": IndoFashion,
 }  # fmt: skip

@@ -51,6 +51,7 @@ class Progress:
     wall_seconds: float = 0.0  # of the whole run, validation and resumed parts included
     best_epoch: int = 0
     stale: int = 0  # epochs since the best
+    reached: bool = False  # the recall that is asked for by `stop_at`
     loss_sum: float = 0.0  # of the present epoch, as are the next four
     images: int = 0
     captions: int = 0
@@ -132,13 +133,16 @@ def main(cfg: CFG | type[CFG]) -> Path:
 
     from . import report
     from .data.captions import check_images, image_folder, read_captions, split_of
+    from .data.image_cache import decoded_before
     from .data.loaders import build_loaders
     from .evaluation.comparison import fingerprint_of, save_zero_shot
     from .evaluation.retrieval import ranks, recall_at_k
     from .models.build import build_model
     from .training import checkpoint, wise_ft
+    from .training.autotune import WORTH_MEASURING, tune
     from .training.device import keep_freed_memory, pick_device
     from .training.engine import embed, train_epoch
+    from .training.frozen_cache import freeze_features
     from .training.log import RunLog, chance_loss
     from .training.optimizer import build_average, build_optimizer, build_scheduler
 
@@ -149,7 +153,9 @@ def main(cfg: CFG | type[CFG]) -> Path:
 
     # 1. Captions and images, checked before anything is computed
     table = read_captions(cfg)
-    table = check_images(table, image_folder(cfg, table), cfg.on_bad_image)
+    images = image_folder(cfg, table)
+    known = decoded_before(images, cfg) if cfg.image_cache else ()
+    table = check_images(table, images, cfg.on_bad_image, known=known)
     train_df = split_of(table, "train", cfg.captions_path)
     valid_df = split_of(table, "valid", cfg.captions_path)
     print(f"train: {train_df['image_id'].nunique():,} images, {len(train_df):,} captions; "
@@ -165,12 +171,20 @@ def main(cfg: CFG | type[CFG]) -> Path:
     is_pretrained = cfg.backend == "hf_clip"  # what it can do before the first step is worth a figure
     model.to(device)
     print(report.describe_parameters(model, cfg))
-    train_loader = build_loaders(train_df, model.tokenizer, "train", cfg)
-    valid_loader = build_loaders(valid_df, model.tokenizer, "valid", cfg)
+    train_loader = build_loaders(train_df, model.tokenizer, "train", cfg, device=device)
+    valid_loader = build_loaders(valid_df, model.tokenizer, "valid", cfg, device=device)
     if cut := train_loader.dataset.tokens.truncated + valid_loader.dataset.tokens.truncated:
         print(f"{cut:,} captions are longer than {model.tokenizer.model_max_length} tokens and are cut there")
     batches_per_epoch = len(train_loader.batches)
     total_steps = min(cfg.epochs * -(-batches_per_epoch // cfg.accumulation), cfg.max_steps or sys.maxsize)
+    if cfg.precision == "auto" and total_steps >= WORTH_MEASURING:
+        cfg, why = tune(model, next(iter(train_loader)), cfg)
+        model.cfg = cfg  # and with it best/ and a resume compute alike
+        model.apply_precision()
+        print(why)
+    if cfg.compile:
+        for part, tower in model.towers.items():
+            tower.compile(dynamic=part == "text")  # captions have another length in every batch
     optimizer = build_optimizer(model, cfg)
     scheduler = build_scheduler(optimizer, cfg, total_steps)
     step_scheduler = scheduler if cfg.scheduler == "cosine" else None
@@ -201,7 +215,9 @@ def main(cfg: CFG | type[CFG]) -> Path:
         wall_before = progress.wall_seconds
         checkpoint.restore_random_states(state["random"])
         print(f"resuming {folder} at epoch {progress.epoch + 1}, step {progress.step}")
-    else:
+    # What is frozen has its weights only now
+    train_loader, valid_loader = (freeze_features(model, loader, cfg) for loader in (train_loader, valid_loader))
+    if not cfg.resume:
         embeddings = embed(measured, valid_loader, cfg)
         progress.start, progress.start_logit_scale = recall_at_k(*embeddings), model.logit_scale.item()
         try:
@@ -227,7 +243,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     # 4. Train, measure, keep the best
     with _Interrupt(folder) as interrupt:
         # An epoch that stopped after its last step is still to be measured
-        while progress.epoch < cfg.epochs and (progress.step < total_steps or progress.batch):
+        while progress.epoch < cfg.epochs and (progress.step < total_steps or progress.batch) and not progress.reached:
             if cfg.early_stopping and progress.stale >= cfg.early_stopping:
                 print(f"no better rsum in {progress.stale} epochs: stopped early")
                 break
@@ -264,6 +280,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
             line = report.epoch_line(progress, metrics, model, optimizer)
             chance = chance_loss(progress.images / progress.batch, progress.captions / progress.batch)
             progress.next_epoch(metrics["rsum"])
+            progress.reached = bool(cfg.stop_at) and 100 * metrics["image_retrieval_recall@10"] >= cfg.stop_at
             if progress.best_epoch == progress.epoch:
                 checkpoint.save_best(folder / "best", measured, progress.epoch, metrics)
             log.epoch(line, progress.step)
@@ -271,6 +288,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
             interrupt.stop_if_asked()
             report.draw_epoch(log, measured, valid_df, embeddings[0], progress.step)
             report.report_epoch(line, progress, cfg, chance)
+            if progress.reached:
+                print(f"text to image R@10 has reached {cfg.stop_at:g}: stopped after {line['wall_seconds']:.1f} s")
         log.close()
         if cfg.wise_ft:
             print(wise_ft.mix(folder, measured, progress.epoch, valid_loader, device))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 # Before any of the libraries is imported: they read these once. Subprocesses inherit them.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="clip-scratch-hf-")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clip-scratch-cache-")
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # refuses at once, as a machine without a network does
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"

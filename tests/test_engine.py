@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from clip_scratch.data.loaders import build_loaders
 from clip_scratch.errors import UserError
 from clip_scratch.models.clip import CLIPModel
-from clip_scratch.training.engine import _spread, autocast, embed, loss_of, train_epoch, valid_epoch
+from clip_scratch.training.engine import _spread, autocast, embed, loss_of, prefetched, train_epoch, valid_epoch
 from clip_scratch.training.log import RunLog, chance_loss, warnings_for
 from clip_scratch.training.losses import LOSSES
 from clip_scratch.training.optimizer import build_optimizer, build_scheduler, learning_rates
@@ -434,3 +435,38 @@ def test_max_steps_and_the_schedule_count_optimiser_steps(tiny_cfg, tmp_path, mo
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 4)]
     assert lines[-1]["head_lr"] == pytest.approx(0, abs=1e-12)
     assert lines[-1]["train_loss"] == pytest.approx(2, abs=2) and lines[0]["head_lr"] > 0
+
+
+# ---- batches made ahead
+
+
+def test_prefetched_items_come_in_order_and_one_ahead():
+    made = []
+
+    def items():
+        for i in range(4):
+            made.append(i)
+            yield i + 1
+
+    taken = []
+    for item in prefetched(items()):
+        taken.append(item)
+        assert len(made) <= len(taken) + 1
+    assert taken == [1, 2, 3, 4]
+
+
+def test_an_error_in_the_thread_reaches_the_loop():
+    def items():
+        yield 1
+        raise UserError("image 7 cannot be read")
+
+    with pytest.raises(UserError, match="image 7"):
+        list(prefetched(items()))
+
+
+def test_a_loop_that_stops_early_leaves_no_thread():
+    before = threading.active_count()
+    batches = prefetched(iter(range(1, 100)))
+    assert next(batches) == 1
+    batches.close()
+    assert threading.active_count() == before

@@ -80,6 +80,76 @@ def test_pixels_are_the_named_image_s(make, tiny_data, tiny_cfg):
             assert torch.equal(pixels, transform(image=load_image(tiny_data.image_path / name))["image"])
 
 
+# ---- the cache and the augmentation
+
+
+@pytest.mark.parametrize("mode", ["train", "valid"])
+@pytest.mark.parametrize("settings", [{}, {"hue_jitter": 0.1, "interpolation": "bicubic"}, {"crop_scale": 1.0}])
+def test_the_cache_makes_no_difference(make, mode, settings):
+    cached = list(make(mode, **settings).start(1))
+    for workers in (0, 1):
+        decoded = make(mode, image_cache=False, num_workers=workers, **settings)
+        assert decoded.dataset.decodes and decoded.num_workers == workers
+        assert all(same(a, b) for a, b in zip(cached, decoded.start(1), strict=True))
+    assert make(mode, num_workers=1).num_workers == 0
+
+
+def test_pixels_and_captions_do_not_depend_on_the_rest_of_the_batch(make):
+    data = make(captions_per_image=2).dataset
+    whole = data.pixels(3, range(26))
+    assert whole.is_contiguous(memory_format=torch.channels_last)
+    for numbers in ([5], [20, 3, 7]):
+        assert torch.equal(data.pixels(3, numbers), whole[numbers])
+        assert data.captions(3, numbers)["names"] == [f"{n:02d}.png" for n in numbers]
+    assert "pixels" not in data.captions(3, [1])
+    assert not torch.equal(data.pixels(4, range(26)), whole)
+
+
+def test_frozen_views_come_round_and_captions_do_not(make):
+    data = make(frozen_views=3).dataset
+    assert torch.equal(data.pixels(1, range(26)), data.pixels(4, range(26)))
+    assert not torch.equal(data.pixels(1, range(26)), data.pixels(2, range(26)))
+    one, other = (data.captions_of(epoch, [4])[0].item() for epoch in (1, 4))
+    assert one != other
+
+
+def test_the_images_of_an_epoch_bring_captions_of_each_kind(make, tiny_data):
+    table = tiny_data.table
+    place = table.groupby("image_id").cumcount().to_numpy()  # first, second, ... caption of its image
+    data = make(captions_per_image=1).dataset
+    rows, counts = data.captions_of(0, range(26))
+    assert (counts == 1).all() and set(place[rows]) == {0, 1, 2, 3, 4}
+
+
+def test_without_augmentation_training_sees_the_pixels_of_evaluation(make):
+    plain = {"crop_scale": 1.0, "horizontal_flip": 0.0, "color_jitter": 0.0}
+    train, valid = make(**plain).dataset, make("valid", **plain).dataset
+    assert torch.equal(train.pixels(3, range(26)), valid.pixels(0, range(26)))
+    flipped = make(**plain | {"horizontal_flip": 1.0}).dataset
+    assert torch.equal(flipped.pixels(3, range(26)), valid.pixels(0, range(26)).flip(3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_albumentations_pipeline_may_take_its_place(tiny_data, tiny_tokenizer, tiny_cfg, workers):
+    cfg = dataclasses.replace(tiny_cfg, num_workers=workers)
+    transform = image_transform(cfg, train=True)
+    loader = build_loaders(tiny_data.table, tiny_tokenizer, "train", cfg, transform)
+    assert loader.num_workers == workers
+    batches = list(loader.start(2, 1))
+    for name, pixels in zip(batches[0]["names"], batches[0]["pixels"], strict=True):
+        transform.set_random_seed(int(np.random.SeedSequence((cfg.seed, 2, int(name[:2]))).generate_state(1)[0]))
+        assert torch.equal(pixels, transform(image=load_image(tiny_data.image_path / name))["image"])
+
+
+def test_another_device_gets_the_same_pixels_within_rounding(make):
+    data, on_device = make(hue_jitter=0.1).dataset, make(hue_jitter=0.1).dataset
+    expected = data.pixels(1, range(26)).float()
+    found = on_device._pixels_on_device(1, list(range(26))).permute(0, 3, 1, 2).float()
+    assert (found - expected).abs().mean() < 1
+    valid = make("valid").dataset
+    assert torch.equal(valid._pixels_on_device(0, [3, 1]).permute(0, 3, 1, 2), valid.pixels(0, [3, 1]))
+
+
 def test_any_index_order_and_ids_of_the_table(make, tiny_data):
     """A split is a part of a table: its index has gaps, its ids too, and an image's rows need not be neighbours."""
     table = tiny_data.table.query("image_id % 3 == 1").assign(image_id=lambda t: 1000 - 7 * t["image_id"])

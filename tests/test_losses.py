@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_scratch.training import losses
 from clip_scratch.training.losses import LOSSES, contrastive_loss, positive_pairs, sigmoid_loss, soft_target_loss
 
 
@@ -232,3 +233,87 @@ def test_chance_level_and_extremes():
     assert contrastive_loss(worst, worst, 100.0, ids, ids).item() == pytest.approx(0, abs=1e-6)
     for loss in (sigmoid_loss, soft_target_loss):
         assert torch.isfinite(loss(worst, worst.roll(1, 0), torch.tensor(100.0), ids, ids))
+
+
+# --- tile by tile -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiled(monkeypatch):
+    """A function that has the losses go tile by tile from now on, so many logits a tile."""
+
+    def switch(logits):
+        monkeypatch.setattr(losses, "TILED_FROM", 0)
+        monkeypatch.setattr(losses, "TILE", logits)
+
+    return switch
+
+
+def value_and_gradients(name, images, texts, scale, ids, **bias):
+    inputs = [x.clone().requires_grad_() for x in (images, texts, torch.tensor(scale, dtype=torch.double))]
+    bias = {key: torch.tensor(value, dtype=torch.double, requires_grad=True) for key, value in bias.items()}
+    value = LOSSES[name](*inputs, *ids, **bias)
+    return value.detach(), *torch.autograd.grad(value, [*inputs, *bias.values()])
+
+
+@given(
+    batch=batches(), words=st.booleans(), scale=st.sampled_from([1.0, 14.3, 100.0]), tile=st.sampled_from([1, 9, 99])
+)
+@settings(max_examples=60)
+def test_tiles_change_neither_value_nor_gradients(batch, words, scale, tile):
+    *ids, seed = batch
+    ids = [torch.tensor(i) for i in ids][: 3 if words else 2]
+    images, texts = embeddings(len(ids[0]), seed=seed), embeddings(len(ids[1]), seed=seed + 1000)
+    for name, bias in (("infonce", {}), ("sigmoid", {"logit_bias": -3.0})):
+        plain = value_and_gradients(name, images, texts, scale, ids, **bias)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(losses, "TILED_FROM", 0)
+            patch.setattr(losses, "TILE", tile)
+            in_tiles = value_and_gradients(name, images, texts, scale, ids, **bias)
+        for one, other in zip(plain, in_tiles, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+def test_tiles_equal_the_slow_version(name, case, tiled):
+    tiled(7)
+    images, texts = embeddings(len(CASES[case][0])), embeddings(len(CASES[case][1]), seed=1)
+    in_tiles = LOSSES[name](images, texts, 14.3, *tensors(case)).item()
+    assert in_tiles == pytest.approx(SLOW[name](images, texts, 14.3, *CASES[case]), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+def test_gradients_in_tiles(name, tiled):
+    tiled(7)
+    test_gradients(name, "an image twice, several captions")
+
+
+def test_tiles_begin_at_the_threshold(monkeypatch):
+    """From `TILED_FROM` logits on no (B, C) matrix is built; below it there is one."""
+    images, texts, ids = embeddings(4), embeddings(8, seed=1), (torch.arange(4), torch.arange(8) % 4)
+    asked = []
+    monkeypatch.setattr(losses, "positive_pairs", lambda *ids: asked.append(ids) or positive_pairs(*ids))
+    for name in ("infonce", "sigmoid"):
+        for threshold, plain in ((33, 1), (32, 0)):
+            monkeypatch.setattr(losses, "TILED_FROM", threshold)
+            LOSSES[name](images, texts, 5.0, *ids)
+            assert len(asked) == plain, (name, threshold)
+            asked.clear()
+
+
+def test_no_matrix_in_tiles(tiled):
+    """What autograd keeps of a tiled step grows with B + C, not with B * C."""
+    tiled(256)
+    images, texts = embeddings(64).requires_grad_(), embeddings(320, seed=1).requires_grad_()
+    ids = torch.arange(64), torch.arange(320) % 64, torch.arange(320) % 300
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        for name in ("infonce", "sigmoid"):
+            LOSSES[name](images, texts, 10.0, *ids)
+    assert max(kept) < 64 * 320 / 4
+
+
+def test_extremes_in_tiles(tiled):
+    tiled(64)
+    test_chance_level_and_extremes()

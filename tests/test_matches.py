@@ -16,6 +16,7 @@ from clip_scratch.errors import UserError
 from clip_scratch.evaluation.zero_shot import classify
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.retrieval.embed import encode_image, encode_text, get_image_embeddings
+from clip_scratch.retrieval.exact import ExactSearch
 from clip_scratch.retrieval.matches import Matches, find_captions, find_matches, save_grid
 from clip_scratch.training.checkpoint import prepare_best, save_best
 
@@ -71,6 +72,34 @@ def test_a_name_counts_with_its_best_row(model):
     orthogonal = torch.nn.functional.normalize(torch.eye(32)[:1] - query[0, 0] * query, dim=-1)
     embeddings = torch.cat([-query, orthogonal, query])
     assert [name for name, _ in find_matches(model, embeddings, "a red square", ["a", "b", "a"])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_names_that_fill_the_best_rows_are_looked_past(model, n):
+    """Ten names, most with hundreds of rows: the search widens until there are n of them, for each query alone."""
+    rows = torch.nn.functional.normalize(torch.randn(3000, 32, generator=torch.Generator().manual_seed(5)), dim=-1)
+    near = encode_text(model, QUERIES[0]) + 0.01 * rows[:2900]  # "name 0" has nearly all that fits the first query
+    embeddings = torch.cat([torch.nn.functional.normalize(near, dim=-1), rows[2900:]])
+    names = [f"name {i % 10 if i >= 2900 else 0}" for i in range(3000)]
+    for matches in find_matches(model, embeddings, QUERIES, names, n=n):
+        cosine = (embeddings.double() @ encode_text(model, matches.query)[0].double()).tolist()
+        best = {}
+        for name, score in zip(names, cosine, strict=True):
+            best[name] = max(score, best.get(name, -1))
+        assert [name for name, _ in matches] == sorted(best, key=best.get, reverse=True)[:n]
+        assert [score for _, score in matches] == pytest.approx([best[name] for name, _ in matches], abs=1e-6)
+
+
+def test_a_prepared_search_gives_the_same(model, rows, names, tiny_data):
+    prepared = ExactSearch(rows, half=True)
+    shuffled = pd.Series(names, index=range(len(names))[::-1])  # labels that are not positions
+    for n in (1, 9, 1000):
+        wanted = find_matches(model, rows, QUERIES[0], names, n=n).pairs
+        assert find_matches(model, prepared, QUERIES[0], shuffled, n=n).pairs == wanted
+    captions = tiny_data.table["caption"]
+    search = ExactSearch(encode_text(model, captions.tolist()))
+    image = paths(tiny_data, 1)[0]
+    assert find_captions(model, image, captions, text_embeddings=search) == find_captions(model, image, captions)
 
 
 def test_matches_behave_like_a_sequence_and_print(model, rows, names):

@@ -358,11 +358,12 @@ def test_a_run_killed_at_any_moment_goes_on(cfg, tmp_path):
     """Killed in the making of the folder, in the first and the last save, between the files of an epoch's end.
 
     The writes: 1 to 4 the folder (best/config.json, text_config.json, last, config.json), 5 to 9 the steps of the
-    first epoch, 10 to 13 its end (weights, their metrics, metrics.jsonl, last), 14 to 18 the second, 19 to 22 its end.
+    first epoch, 10 to 13 its end (weights, their metrics, metrics.jsonl, last), 14 to 18 the second, 19 to 22 its end
+    (19 and 20 where it is not the best).
     """
     settings = dataclasses.asdict(dataclasses.replace(cfg, checkpoint_steps=1, scheduler="cosine", ema=0.5))
     del settings["run_dir"]
-    moments = "4:written,5:half,10:renamed,12:renamed,22:half"
+    moments = "4:written,5:half,10:renamed,12:renamed,20:half"
     env = os.environ | {"PYTHONPATH": str(train.Path.cwd()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, json.dumps(settings), str(tmp_path), moments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -468,3 +469,45 @@ def test_the_class_will_do(cfg, plain, monkeypatch):
         if field.name != "epochs":
             setattr(Mine, field.name, getattr(cfg, field.name))
     assert len(lines_of(main(Mine))) == 1
+
+
+# ---- speed: what is measured, kept and stopped
+
+
+def test_a_run_stops_when_it_has_reached_its_recall_and_stays_stopped(cfg, plain, capsys):
+    folder = main(dataclasses.replace(cfg, epochs=9, max_steps=0, stop_at=1.0))
+    lines = lines_of(folder)
+    assert len(lines) == 1 and lines[0]["image_retrieval_recall@10"] >= 0.01
+    assert "has reached 1: stopped after" in capsys.readouterr().out
+    main(CFG(resume=str(folder)))
+    assert len(lines_of(folder)) == 1
+
+
+def test_a_long_run_measures_its_precision_once_and_keeps_it(cfg, plain, monkeypatch, capsys):
+    calls = []
+
+    def tune(model, batch, cfg):
+        calls.append(len(batch["pixels"]))
+        return dataclasses.replace(cfg, precision="fp32", channels_last=False), "measured"
+
+    monkeypatch.setattr("clip_scratch.training.autotune.tune", tune)
+    monkeypatch.setattr("clip_scratch.training.autotune.WORTH_MEASURING", 3)
+    folder = main(dataclasses.replace(cfg, epochs=2, max_steps=0))
+    assert calls == [cfg.batch_size] and "measured" in capsys.readouterr().out
+    for file in (folder / "config.json", folder / "best/config.json"):
+        kept = json.loads(file.read_text())
+        assert kept["precision"] == "fp32" and not kept["channels_last"]
+    main(CFG(resume=str(folder)))
+    main(dataclasses.replace(cfg, epochs=1, max_steps=2, run_dir=str(folder) + "-short"))
+    assert len(calls) == 1
+
+
+def test_a_run_on_frozen_features_equals_one_that_recomputes_them(cfg, plain):
+    heads = dataclasses.replace(
+        cfg, image_freezing="heads", text_freezing="heads", crop_scale=1.0, horizontal_flip=0.0, color_jitter=0.0,
+        precision="fp32",
+    )  # fmt: skip
+    kept = lines_of(main(dataclasses.replace(heads, frozen_views=1)))
+    recomputed = lines_of(main(dataclasses.replace(heads, run_dir=f"{cfg.run_dir}-recomputed")))
+    assert [line["train_loss"] for line in kept] == pytest.approx([line["train_loss"] for line in recomputed], abs=1e-5)
+    assert [line["rsum"] for line in kept] == pytest.approx([line["rsum"] for line in recomputed], abs=0.5)

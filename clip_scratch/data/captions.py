@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -108,9 +109,12 @@ def image_folder(cfg: CFG, table: pd.DataFrame | None = None) -> Path:
     return max([path.parent, *beside, *above], key=lambda folder: sum((folder / name).is_file() for name in sample))
 
 
-def check_images(table: pd.DataFrame, folder: Path, on_bad_image: str, progress: bool = True) -> pd.DataFrame:
+def check_images(
+    table: pd.DataFrame, folder: Path, on_bad_image: str, progress: bool = True, known: Collection[str] = ()
+) -> pd.DataFrame:
     """Decode every distinct image of the table; the table without those that are missing or undecodable.
 
+    The images in `known` (`image_cache.decoded_before`) have been decoded already and are not decoded again.
     With on_bad_image "error" any bad image raises UserError, which counts them and names the first ten with
     file and row; with "skip" the same is printed and their rows are left out. That no image is there at all is
     an error either way: the folder is wrong.
@@ -126,16 +130,16 @@ def check_images(table: pd.DataFrame, folder: Path, on_bad_image: str, progress:
             f"example for {example['image']} (row {example['row']}). Set --image-path to the folder of the images."
         )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release Python's lock
-        faults = pool.map(_fault, [folder / name for name in firsts["image"]])
-        faults = list(tqdm(faults, "Checking images", len(firsts), disable=not progress, unit=" images", leave=False))
-    bad = firsts.assign(fault=faults).dropna(subset="fault")
+        new = firsts[~firsts["image"].isin(known)]
+        faults = pool.map(_fault, [folder / name for name in new["image"]])
+        faults = list(tqdm(faults, "Checking images", len(new), disable=not progress, unit=" images", leave=False))
+    bad = new.assign(fault=faults).dropna(subset="fault")
     if bad.empty:
         return table
     shown = [f"  {row.image} ({row.file}, row {row.row}): {row.fault}" for row in bad.head(10).itertuples()]
     shown += [f"  and {len(bad) - 10:,} more"] if len(bad) > 10 else []
-    report = f"{len(bad):,} of {len(firsts):,} images in {folder} are missing or cannot be decoded:\n" + "\n".join(
-        shown
-    )
+    count = f"{len(bad):,} of {len(firsts):,} images in {folder}"
+    report = "\n".join([f"{count} are missing or cannot be decoded:", *shown])
     if on_bad_image == "error" or len(bad) == len(firsts):
         raise UserError(f"{report}\nMend them, or leave them out with --on-bad-image skip.")
     _note(f"{report}\nThey are left out.")
@@ -144,14 +148,12 @@ def check_images(table: pd.DataFrame, folder: Path, on_bad_image: str, progress:
 
 def _fault(path: Path) -> str | None:
     """Why an image cannot be used; None where it can."""
-    from .images import load_image
+    from .images import fault_of, load_image
 
-    if not path.is_file():
-        return "no such file"
     try:
         load_image(path)
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
-        return f"cannot be decoded ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return fault_of(path, error)
     return None
 
 

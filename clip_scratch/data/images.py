@@ -1,14 +1,23 @@
-"""Image files -> uint8 arrays -> augmented uint8 tensors. The model itself normalises, on its own device."""
+"""Image files -> RGB arrays -> uint8 squares, by albumentations. The model itself normalises, on its own device.
+
+Training splits the way in two: what is the same in every epoch is done once by `image_prefix`, and augment.py draws
+crop, flip and colours on its squares. `image_transform` is both in one pipeline, for one image at a time.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..config import CFG
@@ -66,6 +75,53 @@ def image_transform(cfg: CFG, train: bool):
         hue = (-cfg.hue_jitter, cfg.hue_jitter)
         steps.append(A.ColorJitter(brightness=around, contrast=around, saturation=around, hue=hue, p=0.8))
     return A.Compose([*steps, A.ToTensorV2()])
+
+
+def image_prefix(cfg: CFG, train: bool, side: int):
+    """What is the same in every epoch: `prefix(image=array)["image"]` is a uint8 square (side, side, 3).
+
+    `side` is that of `prefix_side`. Evaluation, and training without a random crop: the square that the model sees.
+    Training with one: the whole image stretched, since a crop of the stretched square is a crop of the image.
+    """
+    import albumentations as A
+
+    if train and cfg.crop_scale < 1:
+        cfg = dataclasses.replace(cfg, size=side, resize="stretch")
+    return A.Compose(_evaluation_geometry(cfg))
+
+
+def prefix_side(cfg: CFG, train: bool, paths: Sequence[str | Path]) -> int:
+    """Pixels a side of `image_prefix`'s squares of these image files.
+
+    With a random crop cfg.crop_margin, or 8/7 of the size but no more than the shorter side of most images has:
+    larger squares would hold no more of the picture. A sample of the files' headers tells.
+    """
+    if not train or cfg.crop_scale == 1:
+        return cfg.size
+    if cfg.crop_margin:
+        return max(cfg.size, cfg.crop_margin)
+    shorter = []
+    for path in paths[:: -(-len(paths) // 100)]:
+        with reading(path), Image.open(path) as file:
+            shorter.append(min(file.size))
+    return max(cfg.size, min(round(cfg.size * 8 / 7), int(np.median(shorter))))
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn whatever a decoder raises inside into a UserError that names the file."""
+    try:
+        yield
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
+        fix = "Mend it, or leave it out with --on-bad-image skip."
+        raise UserError(f"{path}: {fault_of(path, error)}. {fix}") from error
+
+
+def fault_of(path: str | Path, error: Exception) -> str:
+    """Why an image cannot be used, after a decoder has raised `error`."""
+    if not os.path.isfile(path):
+        return "no such file"
+    return f"cannot be decoded ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
 
 
 def _evaluation_geometry(cfg: CFG) -> list:

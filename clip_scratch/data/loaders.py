@@ -7,7 +7,7 @@ image) alone, so a run that stops in the middle of an epoch goes on exactly as i
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,8 +16,10 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .augment import augment, augment_on_device, augments, changes, draw
 from .captions import image_folder, plain_words
-from .images import image_transform, load_image
+from .image_cache import ImageCache, open_images
+from .images import load_image, reading
 from .tokenizer import TokenTable, tokenize
 
 if TYPE_CHECKING:
@@ -31,55 +33,128 @@ Batch = dict[str, torch.Tensor | list[str]]
 class CaptionedImages(Dataset):
     """The distinct images of a caption table, each with the rows of its captions.
 
-    An item is asked for as (epoch, image number): the same pair always gives the same pixels and captions.
+    A batch is asked for as [(epoch, image number), ...], all of one epoch: the same pair always gives the same
+    pixels and captions, whatever else is in the batch. With a `transform` images are decoded and transformed one by
+    one; without, they come as squares from the cache and are augmented together.
     """
 
-    def __init__(self, table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, train: bool, cfg: CFG):
+    def __init__(
+        self, table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, train: bool, cfg: CFG,
+        transform: Callable | None = None, device: torch.device | str = "cpu",
+    ):  # fmt: skip
         first = table.drop_duplicates("image_id")
         self.names = first["image"].tolist()
         self.image_ids = first["image_id"].to_numpy()
         self.folder: Path = image_folder(cfg, table)
         groups = table.reset_index(drop=True).groupby("image_id", sort=False).indices
-        self.rows: list[np.ndarray] = [groups[i] for i in self.image_ids]  # caption rows of each image
+        rows = [groups[i] for i in self.image_ids]
+        self.rows = np.concatenate(rows)  # of the captions, image after image
+        self.counts = np.array([len(own) for own in rows])  # captions of each image, (N,)
         self.tokens: TokenTable = tokenize(table["caption"].tolist(), tokenizer, cfg.max_length)
         # captions that read the same, in whatever case and spacing, share an id: they are positives of each other
         self.caption_ids = pd.factorize(plain_words(table["caption"]))[0]
         self.per_image = cfg.captions_per_image if train else 0  # 0: all of them
         self.seed = cfg.seed if train else None
-        self.transform = image_transform(cfg, train)
+        self.cfg, self.transform = cfg, transform
+        self.augmented = train and augments(cfg)
+        self.images = open_images(self.names, self.folder, cfg, train) if transform is None else None
+        self.device, self.held = torch.device("cpu"), None
+        if isinstance(self.images, ImageCache):
+            self._place(torch.device(device))
+        self._view, self._uniform = None, None  # the last view, and its random numbers (N, K)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether images are decoded at every step, which other processes may do."""
+        return not isinstance(self.images, ImageCache)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def captions_of(self, number: int, epoch: int) -> np.ndarray:
-        """The caption rows that image `number` brings to `epoch`: in turn, so that every caption is seen."""
-        rows = self.rows[number]
-        if not self.per_image or self.per_image >= len(rows):
-            return rows
-        return rows[(epoch * self.per_image + np.arange(self.per_image)) % len(rows)]
+    def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Batch:
+        epoch, numbers = keys[0][0], [number for _, number in keys]
+        return {"pixels": self.pixels(epoch, numbers), **self.captions(epoch, numbers)}
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, np.ndarray]:
-        epoch, number = key
-        if self.seed is not None:
-            self.transform.set_random_seed(int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0]))
-        pixels = self.transform(image=load_image(self.folder / self.names[number]))["image"]  # (3, S, S) uint8
-        return pixels, number, self.captions_of(number, epoch)
+    def pixels(self, epoch: int, numbers: Sequence[int]) -> torch.Tensor:
+        """The images as training or evaluation sees them in `epoch`: uint8 (B, 3, S, S), channels last."""
+        view = epoch % self.cfg.frozen_views if self.cfg.frozen_views else epoch
+        if self.transform is not None:
+            return torch.stack([self._transformed(view, number) for number in numbers])
+        if self.device.type != "cpu":
+            return self._pixels_on_device(view, numbers).permute(0, 3, 1, 2)
+        squares, ratios = self.images.read(numbers)
+        if self.augmented:
+            todo = changes(self.cfg, self._uniform_of(view)[numbers], ratios)
+            pixels = augment(squares, todo, self.cfg.size, self.cfg.interpolation == "bicubic")
+        else:
+            pixels = np.stack(squares)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def collate(self, items: Sequence[tuple[torch.Tensor, int, np.ndarray]]) -> Batch:
-        """Stack B images and pad their C captions to the longest of the batch."""
-        pixels, numbers, rows = zip(*items, strict=True)
-        image_ids = torch.from_numpy(self.image_ids[list(numbers)])
-        captions = np.concatenate(rows)
+    def captions(self, epoch: int, numbers: Sequence[int]) -> Batch:
+        """A batch without its pixels: B images, the C captions they bring to `epoch`, padded to the longest."""
+        captions, counts = self.captions_of(epoch, numbers)
         input_ids, attention_mask = self.tokens.batch(captions)
         return {
-            "pixels": torch.stack(pixels),  # (B, 3, S, S) uint8
             "input_ids": input_ids,  # (C, L)
             "attention_mask": attention_mask,  # (C, L)
-            "image_ids": image_ids,  # (B,)
-            "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(r) for r in rows])),  # (C,)
+            **self.ids(numbers, captions, counts),
+        }
+
+    def ids(self, numbers: Sequence[int], captions: np.ndarray, counts: np.ndarray) -> Batch:
+        """Which of B images and C captions belong together, `counts` (B,) of them to each image."""
+        image_ids = self.image_ids[list(numbers)]
+        return {
+            "image_ids": torch.from_numpy(image_ids),  # (B,)
+            "caption_image_ids": torch.from_numpy(image_ids.repeat(counts)),  # (C,)
             "caption_ids": torch.from_numpy(self.caption_ids[captions]),  # (C,)
             "names": [self.names[n] for n in numbers],
         }
+
+    def captions_of(self, epoch: int, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The caption rows (C,) that B images bring to `epoch`, and how many each brings (B,).
+
+        An image's captions take turns, so that every one is seen, and images begin at different ones: the fifth
+        captions of a data set are often of another kind than the first, and an epoch should have of each.
+        """
+        numbers = np.asarray(numbers)
+        own = self.counts[numbers]
+        counts = np.minimum(own, self.per_image) if self.per_image else own
+        turn = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)  # 0, 1, ... within each image
+        turn += np.repeat(np.where(counts < own, epoch * self.per_image + numbers, 0), counts)
+        first = self.counts.cumsum()[numbers] - own
+        return self.rows[np.repeat(first, counts) + turn % np.repeat(own, counts)], counts
+
+    def _transformed(self, view: int, number: int) -> torch.Tensor:
+        """One image through the pipeline that the caller brought: uint8 (3, S, S)."""
+        if self.seed is not None:
+            self.transform.set_random_seed(int(np.random.SeedSequence((self.seed, view, number)).generate_state(1)[0]))
+        path = self.folder / self.names[number]
+        with reading(path):
+            image = load_image(path)
+        return self.transform(image=image)["image"]
+
+    def _uniform_of(self, view: int) -> np.ndarray:
+        if view != self._view:
+            self._view, self._uniform = view, draw(self.seed, view, len(self))
+        return self._uniform
+
+    def _place(self, device: torch.device) -> None:
+        """Have batches made on a GPU, and the whole cache held there where it takes less than 30 % of what is free."""
+        self.device = device
+        if device.type == "cuda" and self.images.pixels.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]:
+            self.held = torch.from_numpy(self.images.pixels).to(device)
+
+    def _pixels_on_device(self, view: int, numbers: Sequence[int]) -> torch.Tensor:
+        """uint8 (B, S, S, 3), made where the model is."""
+        squares, ratios = self.images.read(numbers)
+        if self.held is None:
+            squares = torch.from_numpy(np.stack(squares)).to(self.device)
+        else:
+            squares = self.held[torch.tensor(numbers, device=self.device)]
+        if not self.augmented:
+            return squares
+        todo = changes(self.cfg, self._uniform_of(view)[numbers], ratios)
+        return augment_on_device(squares, todo, self.cfg.size, self.cfg.interpolation == "bicubic")
 
 
 class EpochBatches(Sampler):
@@ -107,18 +182,23 @@ class EpochBatches(Sampler):
 
 
 class Loader(DataLoader):
-    """A DataLoader over image-centred batches that can start anywhere: `loader.start(epoch, skip)`."""
+    """A DataLoader over image-centred batches that can start anywhere: `loader.start(epoch, skip)`.
+
+    Batches are made in this process, where copying out of the cache takes less time than to hand a batch over;
+    `num_workers` processes make them where images are decoded at every step.
+    """
 
     def __init__(self, data: CaptionedImages, batch_size: int, num_workers: int):
         self.batches = EpochBatches(len(data), batch_size, data.seed)
         super().__init__(
             data,
-            batch_sampler=self.batches,
-            collate_fn=data.collate,
-            num_workers=num_workers,
+            sampler=self.batches,
+            batch_size=None,  # an item of the data is a batch
+            collate_fn=_as_it_is,
+            num_workers=num_workers if data.decodes else 0,
             worker_init_fn=_ignore_ctrl_c,
             generator=torch.Generator(),  # else each start draws from the global one, and a resume would differ
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and data.device.type == "cpu",
         )
 
     def start(self, epoch: int, skip: int = 0, stop: int | None = None) -> Loader:
@@ -127,19 +207,28 @@ class Loader(DataLoader):
         return self
 
 
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
 def _ignore_ctrl_c(_: int) -> None:
     """Ctrl-C is the training process's to handle; a worker that dies of it would hide the clean stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def build_loaders(
-    table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, mode: Literal["train", "valid"], cfg: CFG
-) -> Loader:
+    table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, mode: Literal["train", "valid"], cfg: CFG,
+    transform: Callable | None = None, device: torch.device | str = "cpu",
+) -> Loader:  # fmt: skip
     """A loader over the images of a caption table (tutorial name).
 
     "train": shuffled, augmented, `captions_per_image` captions each, no short last batch.
     "valid": in order, not augmented, every caption.
+
+    A `transform`, any albumentations pipeline from an RGB array (H, W, 3) to a uint8 tensor (3, S, S), takes the
+    place of cache and batched augmentation: slower, and free to do what they cannot. `device` is where the pixels
+    of a batch are made; the rest of it is made on the CPU.
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
-    data = CaptionedImages(table, tokenizer, mode == "train", cfg)
+    data = CaptionedImages(table, tokenizer, mode == "train", cfg, transform, device)
     return Loader(data, cfg.batch_size, cfg.num_workers)

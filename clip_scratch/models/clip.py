@@ -19,6 +19,7 @@ from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
 from .encoders import ImageEncoder, TextEncoder, compute_trained_part_in_fp32
 from .freezing import freeze, keep_frozen_in_eval
+from .frozen_prefix import image_features_from, text_features_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,7 @@ class DualEncoder(nn.Module):
     cfg: CFG
     tokenizer: PreTrainedTokenizerBase
     max_log_scale: float | torch.Tensor  # where training clamps `log_scale`
+    padded_length: int | None = None  # of every caption in the text tower; None: the longest one's of a batch
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) normalised pixels -> (B, P)."""
@@ -99,7 +101,35 @@ class DualEncoder(nn.Module):
         """A loader's batch -> image embeddings (B, P) and text embeddings (C, P)."""
         if self.training:  # at its clamp or beyond the scale has no gradient, and would never come back
             self.log_scale.data.clamp_(max=self.max_log_scale - 1e-6)
-        return self.encode_image(batch["pixels"]), self.encode_text(batch["input_ids"], batch["attention_mask"])
+        return self.embed_images(batch), self.embed_texts(batch)
+
+    def embed_images(self, batch: dict) -> torch.Tensor:
+        """The image embeddings (B, P) of a batch: of its pixels, or of what frozen layers made of them before."""
+        if "image_activations" not in batch:
+            return self.encode_image(batch["pixels"])
+        features = image_features_from(self, batch["image_unit"], batch["image_activations"])
+        return F.normalize(features.float(), dim=-1)
+
+    def embed_texts(self, batch: dict) -> torch.Tensor:
+        """The text embeddings (C, P) of a batch: of its ids, or of what frozen layers made of them before.
+
+        There (C, D) are the features of a frozen tower, and (C, L, D) those of each token.
+        """
+        ids, mask = batch.get("input_ids"), batch.get("attention_mask")  # both (C, L)
+        if "text_activations" not in batch:
+            return self.encode_text(ids, mask)
+        kept = [batch["text_activations"]]
+        if kept[0].ndim == 3 and not self.padded_length:
+            kept = [kept[0][rows, :length] for rows, length in _chunks(mask)]
+        return F.normalize(text_features_from(self, batch["text_unit"], kept, ids, mask).float(), dim=-1)
+
+    def apply_precision(self) -> None:
+        """Bring the towers to `cfg`'s image_precision, text_precision and channels_last."""
+        for part, precision in (("image", self.cfg.image_precision), ("text", self.cfg.text_precision)):
+            tower = self.towers[part]
+            compute_trained_part_in_fp32(getattr(tower, "timm_model", tower), precision == "fp32")
+        layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
+        self.towers["image"].to(memory_format=layout)
 
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
@@ -110,19 +140,24 @@ class DualEncoder(nn.Module):
         return self
 
 
-def features_in_chunks(tower, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """`tower(input_ids, attention_mask)` (C, D); on a CPU captions of like length go through it together.
+def _chunks(attention_mask: torch.Tensor) -> list[tuple[torch.Tensor | slice, int]]:
+    """Captions that go through a tower together, as rows of the mask (C, L), and their padded length.
 
-    There padding costs as much as words do.
+    On a CPU these are captions of like length: there padding costs as much as words do.
     """
-    if input_ids.device.type != "cpu" or len(input_ids) <= _CHUNK:
-        return tower(input_ids, attention_mask)
+    if attention_mask.device.type != "cpu" or len(attention_mask) <= _CHUNK:
+        return [(slice(None), attention_mask.shape[1])]
     lengths, order = attention_mask.sum(1).sort(stable=True)
-    parts = [
-        tower(input_ids[rows, : longest[-1]], attention_mask[rows, : longest[-1]])
-        for rows, longest in zip(order.split(_CHUNK), lengths.split(_CHUNK), strict=True)
-    ]
-    return torch.cat(parts)[order.argsort()]  # (C, D)
+    return [(rows, int(longest[-1])) for rows, longest in zip(order.split(_CHUNK), lengths.split(_CHUNK), strict=True)]
+
+
+def features_in_chunks(tower, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`tower(input_ids, attention_mask)` (C, D), chunk by chunk."""
+    chunks = _chunks(attention_mask)
+    parts = [tower(input_ids[rows, :length], attention_mask[rows, :length]) for rows, length in chunks]
+    if len(chunks) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.cat([rows for rows, _ in chunks]).argsort()]  # (C, D)
 
 
 class CLIPModel(DualEncoder):
@@ -174,10 +209,7 @@ class CLIPModel(DualEncoder):
         self.register_buffer("mean", 255 * torch.tensor(self.image_encoder.mean).view(shape), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(self.image_encoder.std).view(shape), persistent=False)
         freeze(self, cfg)
-        if cfg.image_precision == "fp32":
-            compute_trained_part_in_fp32(self.image_encoder.model)
-        if cfg.channels_last:
-            self.image_encoder.to(memory_format=torch.channels_last)
+        self.apply_precision()
 
     @property
     def towers(self) -> dict[str, nn.Module]:

@@ -87,11 +87,15 @@ class ImageEncoder(Tower):
         return self.model(pixels)  # (B, 3, S, S) -> (B, D)
 
 
-def compute_trained_part_in_fp32(network: nn.Module) -> None:
-    """Let autocast reach the frozen blocks of a tower alone: the others compute, and take their input, in fp32."""
+def compute_trained_part_in_fp32(network: nn.Module, on: bool = True) -> None:
+    """Let autocast reach the frozen blocks of a tower alone: the others compute, and take their input, in fp32.
+
+    `on=False` lets it reach all of them again.
+    """
     for child in network.children():
         for unit in child if isinstance(child, nn.Sequential | nn.ModuleList) else [child]:
-            if any(p.requires_grad for p in unit.parameters()):
+            unit.__dict__.pop("forward", None)
+            if on and any(p.requires_grad for p in unit.parameters()):
                 # a bound method, so that a deep copy of the tower (the averaged model) calls its own weights
                 unit.forward = types.MethodType(_forward_in_fp32, unit)
 

@@ -19,7 +19,6 @@ from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
 from ..hub import hub_access, local_path, no_loading_bar
 from .clip import MAX_LOGIT_SCALE, DualEncoder, check_vocabulary, features_in_chunks
-from .encoders import compute_trained_part_in_fp32
 from .freezing import freeze
 
 if TYPE_CHECKING:
@@ -85,10 +84,7 @@ class HFCLIPModel(DualEncoder):
         self.register_buffer("max_log_scale", highest.clone())
         self.log_scale.requires_grad_(cfg.loss != "soft_target")
         freeze(self, cfg)
-        if cfg.image_precision == "fp32":
-            compute_trained_part_in_fp32(getattr(self.towers["image"], "timm_model", self.towers["image"]))
-        if cfg.channels_last:
-            self.towers["image"].to(memory_format=torch.channels_last)
+        self.apply_precision()
 
     @property
     def towers(self) -> dict[str, nn.Module]:

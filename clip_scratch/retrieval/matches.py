@@ -16,6 +16,9 @@ from ..data.images import load_image
 from ..errors import UserError
 from ..models.clip import CLIPModel
 from .embed import ImageLike, encode_image, encode_text
+from .exact import ExactSearch
+
+_WIDEN = 8  # rows looked at for each name wanted: an image mostly has one row, or one for each of five captions
 
 
 class Matches(Sequence):
@@ -86,17 +89,37 @@ def _write(figure, path: str | Path) -> Path:
     return path
 
 
-def _best(scores: torch.Tensor, names: Sequence[str], n: int) -> list[tuple[str, float]]:
-    """The n best distinct names; a name that occurs several times counts with its best score."""
-    numbers, distinct = pd.factorize(np.asarray(names, dtype=object))
-    best = torch.full((len(distinct),), -torch.inf).scatter_reduce_(0, torch.from_numpy(numbers), scores, "amax")
-    top = best.topk(min(n, len(distinct)))
-    return [(str(distinct[i]), score) for i, score in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+def _search(embeddings: torch.Tensor | ExactSearch) -> ExactSearch:
+    """The search itself; for bare embeddings without a bf16 copy, which takes longer to make than it saves once."""
+    return embeddings if isinstance(embeddings, ExactSearch) else ExactSearch(embeddings, half=False)
+
+
+def _best(
+    search: ExactSearch, queries: torch.Tensor, names: Sequence[str], n: int, k: int
+) -> list[list[tuple[str, float]]]:
+    """For each query (Q, P) the n best distinct names; a name that occurs several times counts with its best score.
+
+    The k best rows are looked at first, and more for a query whose k best have too few names.
+    """
+    at = names.iloc if isinstance(names, pd.Series) else names
+    results = []
+    for scores, rows in zip(*search.search(queries, k), strict=True):
+        found: dict[str, float] = {}
+        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
+            found.setdefault(str(at[row]), score)
+            if len(found) == n:
+                break
+        results.append(list(found.items()))
+    short = [i for i, result in enumerate(results) if len(result) < n]
+    if short and k < len(search):
+        for i, result in zip(short, _best(search, queries[short], names, n, _WIDEN * k), strict=True):
+            results[i] = result
+    return results
 
 
 def find_matches(
     model: CLIPModel,
-    image_embeddings: torch.Tensor,
+    image_embeddings: torch.Tensor | ExactSearch,
     query: str | Sequence[str],
     image_filenames: Sequence[str],
     n: int = 9,
@@ -107,7 +130,8 @@ def find_matches(
 
     `image_embeddings` (N, P) lines up with `image_filenames` (N,), which may name an image several times. The
     images are drawn from `image_path` (default: the folder the model was trained on) when Jupyter shows the
-    result, or into the picture `save`. A list of queries gives a list of results. Raises UserError where the
+    result, or into the picture `save`. A list of queries gives a list of results. Whoever asks again and again of
+    many images passes `ExactSearch(image_embeddings)`, which keeps what it has prepared. Raises UserError where the
     lengths differ or n is below 1.
     """
     if len(image_embeddings) != len(image_filenames):
@@ -116,20 +140,24 @@ def find_matches(
         raise UserError(f"n is at least 1, not {n}")
     queries = [query] if isinstance(query, str) else list(query)
     folder = Path(image_path) if image_path else image_folder(model.cfg)
-    scores = encode_text(model, queries) @ torch.as_tensor(image_embeddings).float().cpu().T  # (queries, N)
-    results = [Matches(q, _best(row, image_filenames, n), folder) for q, row in zip(queries, scores, strict=True)]
+    best = _best(_search(image_embeddings), encode_text(model, queries), image_filenames, n, k=_WIDEN * n)
+    results = [Matches(q, pairs, folder) for q, pairs in zip(queries, best, strict=True)]
     if save and results:
         save_grid(results, save, columns=max(1, int(np.ceil(np.sqrt(len(results[0]))))))
     return results[0] if isinstance(query, str) else results
 
 
 def find_captions(
-    model: CLIPModel, image: ImageLike, captions: Sequence[str], n: int = 5, text_embeddings: torch.Tensor | None = None
+    model: CLIPModel,
+    image: ImageLike,
+    captions: Sequence[str],
+    n: int = 5,
+    text_embeddings: torch.Tensor | ExactSearch | None = None,
 ) -> list[tuple[str, float]]:
     """The n distinct captions that fit an image best, as (caption, cosine score), best first.
 
-    `text_embeddings` (C, P) of the captions are computed where they are not given. Raises UserError where the
-    lengths differ or n is below 1.
+    `text_embeddings` (C, P) of the captions are computed where they are not given, and may be an ExactSearch of
+    them, as in `find_matches`. Raises UserError where the lengths differ or n is below 1.
     """
     if n < 1:
         raise UserError(f"n is at least 1, not {n}")
@@ -137,5 +165,4 @@ def find_captions(
         text_embeddings = encode_text(model, captions)
     if len(text_embeddings) != len(captions):
         raise UserError(f"{len(text_embeddings)} text_embeddings, but {len(captions)} captions")
-    scores = encode_image(model, image) @ torch.as_tensor(text_embeddings).float().cpu().T  # (1, C)
-    return _best(scores[0], captions, n)
+    return _best(_search(text_embeddings), encode_image(model, image), captions, n, k=_WIDEN * n)[0]

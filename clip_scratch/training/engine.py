@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ from ..errors import UserError
 from ..evaluation.retrieval import recall_at_k
 from .device import computes_in_bf16
 from .losses import LOSSES
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -34,18 +38,37 @@ class Step:
 
 
 def autocast(cfg: CFG, device: torch.device):
-    """The autocast context of `precision`; a context that does nothing for fp32."""
-    precision = cfg.precision
-    if precision == "auto":
-        precision = "bf16" if computes_in_bf16(device) else "fp32"
-    if precision == "fp32":
+    """The autocast context of `precision`; a context that does nothing for fp32.
+
+    A model that was trained in bf16 may come to a processor without it, which would emulate it, many times slower
+    than fp32.
+    """
+    if cfg.precision == "fp16":
+        return torch.autocast(device.type, torch.float16)
+    if cfg.precision == "fp32" or not computes_in_bf16(device):
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches with their tensors on `device`; for a GPU the next is made while it computes on the present."""
+    if device.type == "cpu":  # there the two would only take each other's cores
+        return iter(batches)
+    return prefetched(to_device(batch, device) for batch in batches)
+
+
+def prefetched(items: Iterator[Item]) -> Iterator[Item]:
+    """The items in their order, each made one ahead by a thread."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = thread.submit(next, items, None)
+            yield item
 
 
 def loss_of(model: nn.Module, batch: Batch, cfg: CFG) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,8 +104,7 @@ def train_epoch(
     trained = [p for p in model.parameters() if p.requires_grad]
     last = len(loader.batches)
     began, done = time.perf_counter(), []
-    for number, batch in enumerate(loader, start=loader.batches.skip + 1):
-        batch = to_device(batch, model.device)
+    for number, batch in enumerate(on_device(loader, model.device), start=loader.batches.skip + 1):
         loss, image_embeddings = loss_of(model, batch, cfg)
         value = loss.item()
         if not math.isfinite(value):
@@ -92,7 +114,7 @@ def train_epoch(
             together = min(cfg.accumulation, last - number + 1)  # fewer at the end of an epoch
         loss = loss / together
         (loss if scaler is None else scaler.scale(loss)).backward()
-        done.append((value, len(batch["pixels"]), len(batch["input_ids"])))
+        done.append((value, len(batch["image_ids"]), len(batch["caption_ids"])))
         if len(done) < together:
             continue
         if scaler is not None:
@@ -132,8 +154,7 @@ def embed(model: nn.Module, loader: Iterable[Batch], cfg: CFG) -> tuple[torch.Te
     """Embeddings of all images (N, P) and captions (C, P) of a loader, and the image row of each caption (C,)."""
     model.eval()
     images, texts, ids, caption_ids = [], [], [], []
-    for batch in loader:
-        batch = to_device(batch, model.device)
+    for batch in on_device(loader, model.device):
         with autocast(cfg, model.device):
             image_embeddings, text_embeddings = model(batch)
         images.append(image_embeddings.float().cpu())

@@ -1,0 +1,249 @@
+"""Who takes part: each contender builds what it needs in a process of its own and is asked for rounds.
+
+`round()` gives name -> (count, seconds). `facts()` gives what does not change: workers, FLOPs, captions' lengths.
+Shapes: B images, C captions, L tokens, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from clip_scratch.config import CFG
+from clip_scratch.data.captions import read_captions, split_of
+from clip_scratch.data.loaders import build_loaders
+from clip_scratch.models.build import build_model
+from clip_scratch.training.device import computes_in_bf16, keep_freed_memory
+from clip_scratch.training.engine import loss_of, to_device, train_epoch
+from clip_scratch.training.optimizer import build_optimizer
+
+from . import classical
+from .rounds import Figures
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all contenders share: the data, the towers, the batch, and how long a round is."""
+
+    captions_path: str
+    image_path: str
+    cache_path: str
+    model_name: str = "resnet50"
+    text_encoder_model: str = "distilbert-base-uncased"
+    size: int = 224  # pixels a side
+    batch_size: int = 32
+    seconds: float = 6.0  # the least that a round of training lasts
+    matmul: int = 2048  # rows and columns of the matrices whose product measures the machine's peak
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if computes_in_bf16(torch.device("cpu")) else "fp32"
+
+    def cfg(self, **changes: object) -> CFG:
+        """Settings of a run without augmentation, as the classical loop has none, from random weights."""
+        settings = {
+            "captions_path": self.captions_path, "image_path": self.image_path, "cache_path": self.cache_path,
+            "model_name": self.model_name, "text_encoder_model": self.text_encoder_model, "text_tokenizer": "train",
+            "pretrained": False, "size": self.size, "batch_size": self.batch_size, "crop_scale": 1.0,
+            "horizontal_flip": 0.0, "color_jitter": 0.0, "precision": self.precision, "device": "cpu",
+        }  # fmt: skip
+        return CFG(**settings | changes)
+
+
+def train_table(cfg: CFG, images: int | None = None) -> pd.DataFrame:
+    """The training captions, of all images or of the first so many."""
+    table = split_of(read_captions(cfg), "train", cfg.captions_path)
+    return table if images is None else table[table["image_id"].isin(table["image_id"].unique()[:images])]
+
+
+class Classical:
+    """The classical loop (benchmarks/classical.py), with the better of 0 and 2 workers."""
+
+    def __init__(self, setup: Setup, keep_memory: bool = False):
+        if keep_memory:
+            keep_freed_memory()
+        cfg = setup.cfg(precision="fp32", channels_last=False)
+        table = train_table(cfg)
+        torch.manual_seed(cfg.seed)
+        self.model = build_model(cfg, table["caption"].tolist()).train()
+        self.optimizer = classical.build_optimizer(self.model)
+        self.loaders = {n: classical.build_loader(table, self.model, n, setup.batch_size) for n in (0, 2)}
+        self._train(0, 1)  # the optimiser's state, the kernels' choice
+        seconds = {n: self._train(n, 1)[1] for n in self.loaders}
+        self.workers = min(seconds, key=seconds.get)
+        self.steps = max(2, math.ceil(setup.seconds / seconds[self.workers]))
+
+    def _train(self, workers: int, steps: int) -> tuple[float, float]:
+        began = time.perf_counter()
+        pairs = 0
+        for batch in itertools.islice(self.loaders[workers], steps):
+            classical.train_step(self.model, batch, self.optimizer)
+            pairs += len(batch["pixels"])
+        return pairs, time.perf_counter() - began
+
+    def round(self) -> Figures:
+        return {"pairs": self._train(self.workers, self.steps)}
+
+    def facts(self) -> dict[str, object]:
+        tokens = next(iter(self.loaders[0]))["input_ids"].shape[1]
+        return {"workers": self.workers, "steps_a_round": self.steps, "tokens_a_caption": tokens}
+
+
+class Ours:
+    """This package's loop with `changes` of the settings, from the same parts as clip_scratch.train."""
+
+    def __init__(self, setup: Setup, **changes: object):
+        keep_freed_memory()
+        cfg = setup.cfg(**changes)
+        table = train_table(cfg)
+        torch.manual_seed(cfg.seed)
+        self.model = build_model(cfg, table["caption"].tolist()).to(cfg.device)
+        self.cfg = self.model.cfg
+        self.loader = build_loaders(table, self.model.tokenizer, "train", self.cfg)
+        self.optimizer = build_optimizer(self.model, self.cfg)
+        self.epoch = 0
+        self._train(1)
+        self.steps = max(2, math.ceil(setup.seconds / self._train(1)["pairs"][1]))
+
+    def _train(self, steps: int) -> Figures:
+        done = []
+        self.loader.start(self.epoch, 0, steps)
+        self.epoch += 1  # other images the next time
+        began = time.perf_counter()
+        train_epoch(self.model, self.loader, self.optimizer, self.cfg, on_step=done.append)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        return {
+            "pairs": (sum(step.captions for step in done), seconds),
+            "images": (sum(step.images for step in done), seconds),
+        }
+
+    def round(self) -> Figures:
+        return self._train(self.steps)
+
+    def facts(self) -> dict[str, object]:
+        """The FLOPs of a step, forward and backward, counted operation by operation, and the shape of its batch."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self.loader.start(0, 0, 1)
+        batch = to_device(next(iter(self.loader)), self.model.device)
+        with FlopCounterMode(display=False) as counter:
+            loss_of(self.model, batch, self.cfg)[0].backward()
+        shapes = {"images_a_step": len(batch["image_ids"]), "captions_a_step": len(batch["caption_ids"])}
+        tokens = batch["input_ids"].shape[1]
+        return {
+            "steps_a_round": self.steps,
+            "flops_a_step": counter.get_total_flops(),
+            "tokens_a_caption": tokens,
+        } | shapes
+
+
+class OursOnGpu(Ours):
+    """Full fine-tuning on a GPU; measures also the share of the time that it waits for data."""
+
+    def __init__(self, setup: Setup, batch_size: int = 512):
+        super().__init__(setup, device="cuda", precision="bf16", batch_size=batch_size)
+
+    def round(self) -> Figures:
+        figures = super().round()
+        waiting = _Stopwatch(self.loader)
+        began = time.perf_counter()
+        self.loader.start(self.epoch, 0, self.steps)
+        train_epoch(self.model, waiting, self.optimizer, self.cfg)
+        torch.cuda.synchronize()
+        return figures | {"stall": (waiting.seconds, time.perf_counter() - began)}
+
+    def facts(self) -> dict[str, object]:
+        memory = torch.cuda.max_memory_allocated()
+        facts = {"gpu": torch.cuda.get_device_name(), "peak_gpu_memory": memory, "peak_flops_a_second": _gpu_peak()}
+        return super().facts() | facts
+
+
+def _gpu_peak(n: int = 8192, times: int = 20) -> float:
+    """FLOP/s of a large bf16 matrix product on the GPU."""
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    for _ in range(times):  # until the clock has settled
+        a @ b
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    torch.cuda.synchronize()
+    return times * 2 * n**3 / (time.perf_counter() - began)
+
+
+class _Stopwatch:
+    """A loader that adds up how long its user waits for batches."""
+
+    def __init__(self, loader):
+        self.loader, self.batches, self.seconds = loader, loader.batches, 0.0
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+
+class ClassicalLoader:
+    """The classical DataLoader alone, with the better of 0 and 2 workers."""
+
+    def __init__(self, setup: Setup, images: int = 1920):
+        cfg = setup.cfg()
+        table = train_table(cfg).iloc[:images]  # a row is an image that is decoded
+        model = build_model(cfg, table["caption"].tolist())
+        self.loaders = {n: classical.build_loader(table, model, n, setup.batch_size) for n in (0, 2)}
+        rates = {n: count / seconds for n in self.loaders for count, seconds in [self._epoch(n)]}
+        self.workers = max(rates, key=rates.get)
+
+    def _epoch(self, workers: int) -> tuple[float, float]:
+        began = time.perf_counter()
+        images = sum(len(batch["pixels"]) for batch in self.loaders[workers])
+        return images, time.perf_counter() - began
+
+    def round(self) -> Figures:
+        return {"images": self._epoch(self.workers)}
+
+    def facts(self) -> dict[str, object]:
+        return {"workers": self.workers}
+
+
+class OurLoader:
+    """Our loader alone, and with the normalisation that the model does, which the classical loader has done."""
+
+    def __init__(self, setup: Setup, images: int | None = None, **changes: object):
+        keep_freed_memory()
+        cfg = setup.cfg(**changes)
+        table = train_table(cfg, images)
+        self.model = build_model(cfg, table["caption"].tolist())
+        self.loader = build_loaders(table, self.model.tokenizer, "train", self.model.cfg)
+        self.epoch = 0
+        self.first_epoch = self._epoch(False)[1]  # with a cache: the epoch that fills it
+
+    @torch.inference_mode()
+    def _epoch(self, normalise: bool) -> tuple[float, float]:
+        self.loader.start(self.epoch)
+        self.epoch += 1
+        began = time.perf_counter()
+        images = 0
+        for batch in self.loader:
+            images += len(batch["image_ids"])
+            if normalise:
+                (batch["pixels"] - self.model.mean) / self.model.std
+        return images, time.perf_counter() - began
+
+    def round(self) -> Figures:
+        return {"images": self._epoch(False), "normalised images": self._epoch(True)}
+
+    def facts(self) -> dict[str, object]:
+        return {"first_epoch_seconds": self.first_epoch}

@@ -1,0 +1,82 @@
+"""What the figures depend on: processor, memory, system, versions, threads, commit, date."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_PACKAGES = (
+    "torch", "torchvision", "timm", "transformers", "tokenizers", "albumentations", "opencv-python-headless", "numpy",
+    "pandas", "pillow", "open_clip_torch",
+)  # fmt: skip
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "neon", "asimd", "bf16")
+
+
+def environment() -> dict[str, object]:
+    """The machine and the software, in words and numbers."""
+    import torch
+
+    model, flags = _processor()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "git_commit": _commit(),
+        "processor": model,
+        "processor_flags": flags,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+        "gpu": gpu,
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())).strip(),
+        "python": sys.version.split()[0],
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> tuple[str, list[str]]:
+    """The processor's name and those of its flags that matter here, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    has = fields.get("flags", fields.get("Features", "")).split()
+    family = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
+    return fields.get("model name", platform.machine()) + family, [flag for flag in _FLAGS if flag in has]
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def _commit() -> str | None:
+    """The commit that is checked out, with + where files differ from it."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=12",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,114 @@
+"""Which contenders meet: each group's are alive together and take turns."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from .contenders import Classical, ClassicalLoader, OurLoader, Ours, OursOnGpu, Setup
+from .peer_open_clip import MISSING, OpenClip, is_installed
+from .rounds import Figures, Rounds
+from .tricks import HeadOnly, ImageTower, Optimizers, Peak, TextTower
+
+GROUPS = ("imports", "loader", "training", "heads", "tricks", "compile", "peer", "search", "gpu")
+BUILD_TIMEOUT = {"compile": 150.0}  # seconds that a contender may take to be ready, where it is not sure to be
+
+_IMPORT = """
+import time
+began = time.perf_counter()
+import torch
+loaded = time.perf_counter()
+import clip_scratch
+ours = time.perf_counter()
+for name in clip_scratch.__all__ if {everything} else []:
+    getattr(clip_scratch, name)
+print(loaded - began, ours - loaded, time.perf_counter() - ours)
+"""
+
+
+def contenders(group: str, setup: Setup, folder: str) -> dict[str, Callable[[], object]]:
+    """What builds each contender of a group, by its name. `folder` is for the peer's files."""
+    augmented = {"crop_scale": 0.6, "horizontal_flip": 0.5, "color_jitter": 0.2}
+    image_tower = partial(ImageTower, setup)
+    forms = tuple(
+        f"{precision} {layout}" for precision in ("fp32", "bf16") for layout in ("contiguous", "channels_last")
+    )
+    return {
+        "loader": {
+            "classical": partial(ClassicalLoader, setup),
+            "ours": partial(OurLoader, setup),
+            "ours, augmented": partial(OurLoader, setup, **augmented),
+            "ours, no cache": partial(OurLoader, setup, 1000, image_cache=False),
+        },
+        "training": {
+            "classical": partial(Classical, setup),
+            "classical, our allocator": partial(Classical, setup, True),
+            "ours": partial(Ours, setup),
+            "ours, all captions": partial(Ours, setup, captions_per_image=0),
+            "ours, augmented": partial(Ours, setup, **augmented),
+            "peak": partial(Peak, setup),
+        },
+        "heads": {"ours": partial(HeadOnly, setup, 1000)},
+        "tricks": {
+            "image tower": partial(image_tower, forms),
+            "image tower, stock allocator": partial(image_tower, ("bf16 channels_last",), False),
+            "text tower": partial(TextTower, setup),
+            "AdamW": partial(Optimizers, setup),
+        },
+        "compile": {"image tower": partial(image_tower, ("bf16 channels_last",), True, True)},
+        "peer": {"ours": partial(Ours, setup), "open_clip": partial(OpenClip, setup, folder)},
+        "search": {"search": SearchRows},
+        "gpu": {"ours": partial(OursOnGpu, setup)},
+    }[group]
+
+
+def why_left_out(group: str) -> str:
+    """Why a group cannot be measured on this machine; "" where it can."""
+    if group == "gpu" and not torch.cuda.is_available():
+        return "there is no CUDA GPU on this machine"
+    if group == "peer" and not is_installed():
+        return f"open_clip is {MISSING}"
+    if group == "search" and importlib.util.find_spec("benchmarks.search") is None:
+        return "there is no benchmarks/search.py"
+    return ""
+
+
+class SearchRows:
+    """The rows of benchmarks/search.py, which takes its own medians; as facts, since they are no rounds."""
+
+    def __init__(self) -> None:
+        from .search import measure
+
+        self.rows = measure()
+
+    def round(self) -> Figures:
+        return {}
+
+    def facts(self) -> dict[str, object]:
+        return {"rows": self.rows}
+
+
+def import_rounds(rounds: int, everything: int) -> Rounds:
+    """Seconds of imports in fresh interpreters: torch, clip_scratch, and in `everything` of them all its names."""
+    results = []
+    for number in range(rounds):
+        command = [sys.executable, "-c", _IMPORT.format(everything=number < everything)]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        seconds = [float(word) for word in done.stdout.split()[-3:]]
+        figures = dict(zip(("torch", "clip_scratch", "all public names"), ((1, s) for s in seconds), strict=True))
+        if number >= everything:
+            del figures["all public names"]
+        results.append({"import": figures})
+    return results

@@ -1,0 +1,128 @@
+"""The rows of the table: who is compared with whom, the gate, the target, and what was reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .rounds import Spread, paired_ratio, rates
+
+# bf16 dense FLOP/s of the data sheets, by a word in the GPU's name
+DATASHEET = {"H100": 989e12, "H200": 989e12}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: a ratio of two contenders' rates, a rate, seconds (the less the better) or a share."""
+
+    group: str
+    name: str
+    ours: tuple[str, str]  # contender, measure
+    other: tuple[str, str] | None = None
+    gate: float | None = None
+    target: float | None = None
+    unit: str = "x"  # x: ratio; s: seconds; /s: rate; %: share of the time
+
+    def values(self, rounds: list) -> Spread:
+        """The figure over the rounds."""
+        if self.other is not None:
+            return paired_ratio(rounds, self.ours, self.other)
+        found = rates([r for r in rounds if self.ours[1] in r[self.ours[0]]], *self.ours)
+        if self.unit == "s":
+            found = [1 / rate for rate in found]
+        return Spread.of([100 * share for share in found] if self.unit == "%" else found)
+
+
+CLASSICAL = ("classical", "pairs")
+TARGETS = (
+    Row("training", "training pairs/s, one caption an image", ("ours", "pairs"), CLASSICAL, 2.5, 4),
+    Row("training", "training pairs/s, all captions of an image", ("ours, all captions", "pairs"), CLASSICAL, 5, 8),
+    Row("loader", "loader images/s, normalised", ("ours", "normalised images"), ("classical", "images"), 8, 15),
+    Row("heads", "head-only epoch, features kept", ("ours", "kept"), ("ours", "computed anew"), 100, 250),
+    Row("imports", "import clip_scratch, beyond torch's", ("import", "clip_scratch"), None, 0.3, 0.1, "s"),
+    Row("gpu", "GPU, full fine-tuning, pairs/s", ("ours", "pairs"), None, 3500, 5000, "/s"),
+    Row("gpu", "GPU, share of the time that waits for data", ("ours", "stall"), None, 2, 2, "%"),
+)
+TRICKS = (
+    Row("training", "one caption an image, ours augmented as by default", ("ours, augmented", "pairs"), CLASSICAL),
+    Row("training", "the classical loop with our allocator setting", ("classical, our allocator", "pairs"), CLASSICAL),
+    Row("training", "ours, against the classical loop with our allocator setting", ("ours", "pairs"),
+        ("classical, our allocator", "pairs")),
+    Row("loader", "loader, uint8 as it is handed over", ("ours", "images"), ("classical", "images")),
+    Row("loader", "loader, augmented as by default, normalised", ("ours, augmented", "normalised images"),
+        ("classical", "images")),
+    Row("training", "trick: image-centred batches, pairs/s", ("ours, all captions", "pairs"), ("ours", "pairs")),
+    Row("loader", "trick: image cache, loader alone", ("ours", "normalised images"),
+        ("ours, no cache", "normalised images")),
+    Row("tricks", "trick: allocator, image tower in bf16", ("image tower", "bf16 channels_last"),
+        ("image tower, stock allocator", "bf16 channels_last")),
+    Row("tricks", "trick: bf16, image tower", ("image tower", "bf16 channels_last"),
+        ("image tower", "fp32 channels_last")),
+    Row("tricks", "trick: channels_last, image tower in bf16", ("image tower", "bf16 channels_last"),
+        ("image tower", "bf16 contiguous")),
+    Row("tricks", "trick: channels_last, image tower in fp32", ("image tower", "fp32 channels_last"),
+        ("image tower", "fp32 contiguous")),
+    Row("tricks", "trick: captions trimmed to the batch's longest, text tower", ("text tower", "trimmed"),
+        ("text tower", "padded")),
+    Row("tricks", "trick: captions of like length together, text tower", ("text tower", "many in chunks"),
+        ("text tower", "many")),
+    Row("tricks", "trick: fused AdamW, optimiser step", ("AdamW", "fused"), ("AdamW", "plain")),
+    Row("compile", "trick: torch.compile, image tower", ("image tower", "bf16 channels_last compiled"),
+        ("image tower", "bf16 channels_last")),
+    Row("peer", "against open_clip, pairs/s, one caption an image", ("ours", "pairs"), ("open_clip", "pairs")),
+    Row("imports", "import of all public names, beyond torch's", ("import", "all public names"), None, unit="s"),
+)  # fmt: skip
+
+
+def verdict(row: Row, reached: float) -> str:
+    """Whether a figure reaches the target, the gate, or neither; "" for a row without a gate."""
+    if row.gate is None or row.target is None:
+        return ""
+    less_is_better = row.unit in ("s", "%")
+    if (reached < row.target) if less_is_better else (reached >= row.target):
+        return "target reached"
+    if (reached < row.gate) if less_is_better else (reached >= row.gate):
+        return "gate reached"
+    return "below the gate"
+
+
+def reached(rows: tuple[Row, ...], groups: dict[str, dict]) -> list[dict[str, object]]:
+    """A line for each row of the groups that were asked for: figures, or why they were left out."""
+    lines = []
+    for row in rows:
+        if row.group not in groups:
+            continue
+        group = groups[row.group]
+        line = {"group": row.group, "name": row.name, "unit": row.unit, "gate": row.gate, "target": row.target}
+        if "left_out" in group:
+            line["left_out"] = group["left_out"]
+        else:
+            spread = row.values(group["rounds"])
+            line |= {"reached": spread.median, "least": spread.least, "greatest": spread.greatest}
+            line["verdict"] = verdict(row, spread.median)
+        lines.append(line)
+    return lines
+
+
+def arithmetic(groups: dict[str, dict]) -> list[dict[str, object]]:
+    """FLOP/s and MFU of our training contenders.
+
+    MFU is the share of the peak that was measured beside them, and on a GPU that we know also of its data sheet's.
+    """
+    lines = []
+    for name in ("training", "gpu"):
+        group = groups.get(name, {})
+        for contender, facts in group.get("facts", {}).items():
+            if "flops_a_step" not in facts:
+                continue
+            steps = Spread.of(rates(group["rounds"], contender, "pairs")).median / facts["captions_a_step"]
+            line = {"contender": contender if name == "training" else f"GPU: {contender}"}
+            line |= {"flops_a_step": facts["flops_a_step"], "flops_a_second": steps * facts["flops_a_step"]}
+            if name == "training":
+                peak = max(Spread.of(rates(group["rounds"], "peak", kind)).median for kind in ("fp32", "bf16"))
+            else:
+                peak = facts["peak_flops_a_second"]
+                sheet = next((flops for word, flops in DATASHEET.items() if word in facts["gpu"]), None)
+                if sheet is not None:
+                    line["mfu_of_data_sheet"] = line["flops_a_second"] / sheet
+            lines.append(line | {"peak_flops_a_second": peak, "mfu": line["flops_a_second"] / peak})
+    return lines

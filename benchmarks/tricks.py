@@ -1,0 +1,195 @@
+"""Contenders that measure one trick each: the same work with and without it, alternately in one process.
+
+Shapes: B images, C captions, L tokens, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from clip_scratch.data.loaders import build_loaders
+from clip_scratch.data.tokenizer import tokenize
+from clip_scratch.models.build import build_model
+from clip_scratch.models.encoders import ImageEncoder
+from clip_scratch.training.device import keep_freed_memory
+from clip_scratch.training.engine import train_epoch
+from clip_scratch.training.optimizer import build_optimizer
+
+from .contenders import Setup, train_table
+from .rounds import Figures
+
+
+def _seconds(work: Callable[[], object], least: float = 0.5) -> tuple[float, float]:
+    """How often `work` was done, and in how many seconds; at least once and for `least` seconds."""
+    began, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - began < least:
+        work()
+        count += 1
+    return count, time.perf_counter() - began
+
+
+class _Works:
+    """Named pieces of work, each done once as a warm-up and then in every round."""
+
+    works: dict[str, Callable[[], object]]
+
+    def _warm_up(self) -> None:
+        for work in self.works.values():
+            work()
+
+    def round(self) -> Figures:
+        return {name: _seconds(work) for name, work in self.works.items()}
+
+    def facts(self) -> dict[str, object]:
+        return {}
+
+
+def _forward_and_backward(tower: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precision: str) -> None:
+    context = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    with context:
+        features = tower(*inputs)
+    features.float().square().mean().backward()
+    tower.zero_grad(set_to_none=True)
+
+
+class ImageTower(_Works):
+    """Forward and backward of the image tower on B images, in fp32 and bf16, contiguous and channels_last."""
+
+    def __init__(self, setup: Setup, forms: tuple[str, ...], keep_memory: bool = True, compiled: bool = False):
+        if keep_memory:
+            keep_freed_memory()
+        towers = {}
+        pixels = torch.randn(setup.batch_size, 3, setup.size, setup.size)
+        self.works = {}
+        for form in forms:
+            precision, layout = form.split(" ")
+            memory = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[layout]
+            if layout not in towers:
+                encoder = ImageEncoder(setup.model_name, pretrained=False, size=setup.size)
+                towers[layout] = encoder.to(memory_format=memory).train()
+            inputs = (pixels.contiguous(memory_format=memory),)
+            self.works[form] = lambda t=towers[layout], i=inputs, p=precision: _forward_and_backward(t, i, p)
+            if compiled:
+                faster = torch.compile(towers[layout])
+                self.works[f"{form} compiled"] = lambda t=faster, i=inputs, p=precision: _forward_and_backward(t, i, p)
+        began = time.perf_counter()
+        self._warm_up()
+        self.warm_up_seconds = time.perf_counter() - began
+
+    def facts(self) -> dict[str, object]:
+        return {"warm_up_seconds": self.warm_up_seconds}
+
+
+class TextTower(_Works):
+    """Forward and backward of the text tower: captions padded to the data set's longest, to the batch's, in chunks."""
+
+    def __init__(self, setup: Setup):
+        keep_freed_memory()
+        cfg = setup.cfg(model_name="test_resnet")  # the image tower is not used
+        captions = train_table(cfg)["caption"].tolist()
+        model = build_model(cfg, captions).train()
+        tokens = tokenize(captions, model.tokenizer, cfg.max_length)
+        rows = np.random.default_rng(0).permutation(len(tokens))
+        longest = int(tokens.lengths().argmax())
+
+        def both(ids: torch.Tensor, mask: torch.Tensor, tower: torch.nn.Module = model.text_encoder):
+            return lambda: _forward_and_backward(tower, (ids, mask), setup.precision)
+
+        some, many = rows[: setup.batch_size], rows[: 5 * setup.batch_size]
+        padded = [part[:-1] for part in tokens.batch([*some, longest])]  # its width is the data set's longest
+        self.works = {"padded": both(*padded), "trimmed": both(*tokens.batch(some))}
+        self.works["many"] = both(*tokens.batch(many))
+        # in chunks of captions of like length, as the model does it
+        self.works["many in chunks"] = both(*tokens.batch(many), tower=_InChunks(model))
+        self._warm_up()
+
+
+class _InChunks(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model.text_features(input_ids, attention_mask)  # (C, L) -> (C, P)
+
+
+class Optimizers(_Works):
+    """One step of AdamW on both towers' parameters, the plain loop over tensors and the fused kernel."""
+
+    def __init__(self, setup: Setup):
+        keep_freed_memory()
+        model = build_model(setup.cfg(), ["a dog", "a cat"])
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        parameters = list(model.parameters())
+        self.works = {
+            "plain": torch.optim.AdamW(parameters, fused=False, foreach=False).step,
+            "fused": torch.optim.AdamW(parameters, fused=True).step,
+        }
+        self._warm_up()
+
+
+class Peak(_Works):
+    """The largest rate at which this machine multiplies matrices: what MFU is a share of. Counts are FLOPs."""
+
+    def __init__(self, setup: Setup):
+        n = setup.matmul
+        self.flops = 2 * n**3
+        self.works = {}
+        for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            a, b = torch.randn(n, n, dtype=kind), torch.randn(n, n, dtype=kind)
+            self.works[name] = lambda a=a, b=b: a @ b
+        self._warm_up()
+
+    def round(self) -> Figures:
+        return {name: (count * self.flops, seconds) for name, (count, seconds) in super().round().items()}
+
+
+class HeadOnly:
+    """Epochs of training that touches the heads alone: frozen towers computed anew, and their features kept.
+
+    The loop that computes them anew runs a few steps and its rate stands for the epoch; the other runs whole epochs.
+    """
+
+    def __init__(self, setup: Setup, images: int | None = None, steps: int = 2):
+        from clip_scratch.training.frozen_cache import freeze_features
+
+        keep_freed_memory()
+        cfg = setup.cfg(image_freezing="heads", text_freezing="heads", frozen_views=1, batch_size=200)
+        table = train_table(cfg, images)
+        torch.manual_seed(cfg.seed)
+        self.model = build_model(cfg, table["caption"].tolist())
+        self.cfg, self.steps = self.model.cfg, steps
+        self.loader = build_loaders(table, self.model.tokenizer, "train", self.cfg)
+        self.optimizer = build_optimizer(self.model, self.cfg)
+        began = time.perf_counter()
+        self.kept = freeze_features(self.model, self.loader, self.cfg)
+        self.building = time.perf_counter() - began
+        self.epochs = itertools.count()
+        self._train(self.loader, 1)
+        seconds = self._train(self.kept, None)[1]
+        self.repeats = max(1, math.ceil(1 / seconds))
+
+    def _train(self, loader, steps: int | None) -> tuple[float, float]:
+        done = []
+        began = time.perf_counter()
+        loader.start(next(self.epochs), 0, steps)
+        train_epoch(self.model, loader, self.optimizer, self.cfg, on_step=done.append)
+        return sum(step.images for step in done), time.perf_counter() - began
+
+    def round(self) -> Figures:
+        epochs = [self._train(self.kept, None) for _ in range(self.repeats)]
+        return {
+            "computed anew": self._train(self.loader, self.steps),
+            "kept": (sum(images for images, _ in epochs), sum(seconds for _, seconds in epochs)),
+        }
+
+    def facts(self) -> dict[str, object]:
+        return {"cache_built_in_seconds": self.building, "images": len(self.loader.dataset)}

@@ -1,0 +1,145 @@
+"""The benchmarks: paired ratios, verdicts, the classical loader, and a quick run. No time is asserted."""
+
+import json
+import os
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import classical
+from benchmarks.__main__ import Arguments, main
+from benchmarks.rounds import Child, paired_ratio, take_turns
+from benchmarks.rows import Row, arithmetic, reached, verdict
+from benchmarks.table import markdown
+from clip_scratch.errors import UserError
+from clip_scratch.models.build import build_model
+
+
+class Counting:
+    """A contender whose round n takes n seconds."""
+
+    def __init__(self, count):
+        self.count, self.n = count, 0
+
+    def round(self):
+        self.n += 1
+        return {"pairs": (self.count, self.n)}
+
+    def facts(self):
+        return {"rounds": self.n}
+
+
+class Dying(Counting):
+    def round(self):
+        os._exit(9)
+
+
+class Failing(Counting):
+    def round(self):
+        raise ValueError("no such thing")
+
+
+ROUNDS = [  # the machine is twice as slow in the second round: the ratio does not see it
+    {"ours": {"pairs": (40, 1.0)}, "classical": {"pairs": (10, 1.0)}},
+    {"ours": {"pairs": (40, 2.0)}, "classical": {"pairs": (10, 2.0)}},
+    {"ours": {"pairs": (50, 1.0)}, "classical": {"pairs": (10, 1.0)}},
+]
+
+
+def test_ratios_are_taken_within_rounds():
+    spread = paired_ratio(ROUNDS, ("ours", "pairs"), ("classical", "pairs"))
+    assert (spread.median, spread.least, spread.greatest) == (4, 4, 5)
+
+
+def test_children_take_turns_and_say_facts():
+    builds = {"a": partial(Counting, 8), "b": partial(Counting, 2)}
+    rounds, facts = take_turns(builds, 3, lambda line: None)
+    assert rounds[2] == {"a": {"pairs": (8, 3)}, "b": {"pairs": (2, 3)}}
+    assert facts["a"]["rounds"] == 3 and facts["a"]["peak_memory"] > 2**20
+
+
+@pytest.mark.parametrize("kind, message", [(Dying, "died .exit status 9."), (Failing, "failed: ValueError: no such")])
+def test_a_child_that_ends_is_one_clear_error(kind, message):
+    child = Child("poor fellow", partial(kind, 1))
+    try:
+        child.ready()
+        with pytest.raises(UserError, match=f"'poor fellow' {message}"):
+            child.round()
+    finally:
+        child.close()
+    assert not child.process.is_alive()
+
+
+@pytest.mark.parametrize(
+    "unit, value, said",
+    [
+        ("x", 4.0, "target reached"), ("x", 3.9, "gate reached"), ("x", 2.4, "below the gate"),
+        ("s", 0.05, "target reached"), ("s", 0.2, "gate reached"), ("s", 0.3, "below the gate"),
+    ],
+)  # fmt: skip
+def test_verdicts(unit, value, said):
+    gate, target = (2.5, 4) if unit == "x" else (0.3, 0.1)
+    assert verdict(Row("g", "n", ("ours", "pairs"), None, gate, target, unit), value) == said
+
+
+def test_table_names_gates_losses_and_what_was_left_out():
+    rows = (
+        Row("a", "pairs", ("ours", "pairs"), ("classical", "pairs"), 5, 8),
+        Row("a", "slow", ("classical", "pairs"), ("ours", "pairs")),
+        Row("b", "absent", ("ours", "pairs"), None, 1, 2, "/s"),
+        Row("not asked for", "unseen", ("ours", "pairs")),
+    )
+    groups = {"a": {"rounds": ROUNDS, "facts": {}}, "b": {"left_out": "no GPU"}}
+    lines = reached(rows, groups)
+    machine = {"processor": "P", "processor_flags": [], "cores": 2, "threads": 2, "memory_bytes": None, "packages": {}}
+    machine |= {"system": "S", "python": "3", "git_commit": None, "date": "today"}
+    results = {"targets": [lines[0], lines[2]], "further": [lines[1]], "arithmetic": [], "groups": groups}
+    text = markdown(results | {"environment": machine, "data": "made up", "seconds": 60})
+    assert "| pairs | 5x | 8x | **4x** | 4x to 5x | below the gate |" in text
+    assert "| absent | 1 | 2 | - |  | left out: no GPU |" in text
+    assert "Where we lose (below 1x): slow (0.25x)." in text and "Gates that were missed: pairs." in text
+    assert "unseen" not in text
+
+
+def test_mfu_by_hand():
+    rounds = [{"ours": {"pairs": (64, 2.0)}, "peak": {"fp32": (50.0, 1.0), "bf16": (400.0, 2.0)}}]
+    facts = {"ours": {"flops_a_step": 100, "captions_a_step": 32}}
+    line = arithmetic({"training": {"rounds": rounds, "facts": facts}})[0]
+    assert line["flops_a_second"] == 100 and line["mfu"] == 0.5  # one step a second, of 200 at the peak
+
+
+def test_classical_loader_repeats_an_image_and_pads_to_the_longest(tiny_data, tiny_cfg):
+    table = tiny_data.table
+    model = build_model(tiny_cfg, table["caption"].tolist())
+    rows = classical.build_loader(table, model, 0, 8).dataset
+    assert len(rows) == len(table) > table["image"].nunique()
+    of_one = [row for row in range(len(table)) if table["image"][row] == "04.png"]
+    assert len(of_one) == 5
+    first, *others = (rows[row] for row in of_one)
+    assert all(torch.equal(first["pixels"], other["pixels"]) for other in others)
+    longest = max(len(ids) for ids in model.tokenizer(table["caption"].tolist())["input_ids"])
+    assert {len(item["input_ids"]) for item in (first, *others)} == {min(longest, tiny_cfg.max_length)}
+
+
+@pytest.mark.slow
+def test_quick_run_writes_everything(tmp_path):
+    folder = main(
+        Arguments(output_dir=str(tmp_path / "results"), quick=True, only=["loader", "training", "heads", "peer"])
+    )
+    results = json.loads((folder / "results.json").read_text())
+    measured = [line for line in results["targets"] + results["further"] if "reached" in line]
+    assert len(measured) >= 9
+    assert all(0 < line["least"] <= line["reached"] <= line["greatest"] < float("inf") for line in measured)
+    assert all(line["mfu"] > 0 and line["flops_a_step"] > 0 for line in results["arithmetic"])
+    assert results["environment"]["packages"]["torch"] and results["groups"]["peer"]["left_out"]
+    assert "| training pairs/s, one caption an image | 2.5x | 4x |" in (folder / "table.md").read_text()
+    assert (folder / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "settings, said", [({"only": ["trainin"]}, "Did you mean training"), ({"rounds": 0}, "--rounds")]
+)
+def test_mistakes(settings, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        main(Arguments(output_dir=str(tmp_path), **settings))
