@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,8 +17,9 @@ import torch
 
 from clip_scratch.config import CFG
 from clip_scratch.data.captions import read_captions, split_of
-from clip_scratch.data.loaders import build_loaders
+from clip_scratch.data.loaders import Batch, build_loaders
 from clip_scratch.models.build import build_model
+from clip_scratch.training import engine
 from clip_scratch.training.device import computes_in_bf16, keep_freed_memory
 from clip_scratch.training.engine import loss_of, to_device, train_epoch
 from clip_scratch.training.optimizer import build_optimizer
@@ -73,15 +75,17 @@ class Classical:
         self.model = build_model(cfg, table["caption"].tolist()).train()
         self.optimizer = classical.build_optimizer(self.model)
         self.loaders = {n: classical.build_loader(table, self.model, n, setup.batch_size) for n in (0, 2)}
-        self._train(0, 1)  # the optimiser's state, the kernels' choice
         seconds = {n: self._train(n, 1)[1] for n in self.loaders}
         self.workers = min(seconds, key=seconds.get)
         self.steps = max(2, math.ceil(setup.seconds / seconds[self.workers]))
 
     def _train(self, workers: int, steps: int) -> tuple[float, float]:
+        """Pairs and seconds of so many steps, after one in which workers start and memory is had anew."""
+        batches = iter(self.loaders[workers])
+        classical.train_step(self.model, next(batches), self.optimizer)
         began = time.perf_counter()
         pairs = 0
-        for batch in itertools.islice(self.loaders[workers], steps):
+        for batch in itertools.islice(batches, steps):
             classical.train_step(self.model, batch, self.optimizer)
             pairs += len(batch["pixels"])
         return pairs, time.perf_counter() - began
@@ -104,7 +108,7 @@ class Ours:
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, table["caption"].tolist()).to(cfg.device)
         self.cfg = self.model.cfg
-        self.loader = build_loaders(table, self.model.tokenizer, "train", self.cfg)
+        self.loader = build_loaders(table, self.model.tokenizer, "train", self.cfg, device=cfg.device)
         self.optimizer = build_optimizer(self.model, self.cfg)
         self.epoch = 0
         self._train(1)
@@ -125,6 +129,7 @@ class Ours:
         }
 
     def round(self) -> Figures:
+        self._train(1)  # memory is had anew, as in the classical loop's first step
         return self._train(self.steps)
 
     def facts(self) -> dict[str, object]:
@@ -152,10 +157,14 @@ class OursOnGpu(Ours):
 
     def round(self) -> Figures:
         figures = super().round()
-        waiting = _Stopwatch(self.loader)
+        waiting, on_device = _Stopwatch(), engine.on_device
+        engine.on_device = lambda batches, device: waiting.watch(on_device(batches, device))
         began = time.perf_counter()
         self.loader.start(self.epoch, 0, self.steps)
-        train_epoch(self.model, waiting, self.optimizer, self.cfg)
+        try:
+            train_epoch(self.model, self.loader, self.optimizer, self.cfg)
+        finally:
+            engine.on_device = on_device
         torch.cuda.synchronize()
         return figures | {"stall": (waiting.seconds, time.perf_counter() - began)}
 
@@ -179,13 +188,11 @@ def _gpu_peak(n: int = 8192, times: int = 20) -> float:
 
 
 class _Stopwatch:
-    """A loader that adds up how long its user waits for batches."""
+    """Adds up how long the training step waits for batches."""
 
-    def __init__(self, loader):
-        self.loader, self.batches, self.seconds = loader, loader.batches, 0.0
+    seconds = 0.0
 
-    def __iter__(self):
-        batches = iter(self.loader)
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -207,8 +214,10 @@ class ClassicalLoader:
         self.workers = max(rates, key=rates.get)
 
     def _epoch(self, workers: int) -> tuple[float, float]:
+        batches = iter(self.loaders[workers])
+        next(batches)  # workers have started
         began = time.perf_counter()
-        images = sum(len(batch["pixels"]) for batch in self.loaders[workers])
+        images = sum(len(batch["pixels"]) for batch in batches)
         return images, time.perf_counter() - began
 
     def round(self) -> Figures:
@@ -239,7 +248,7 @@ class OurLoader:
         for batch in self.loader:
             images += len(batch["image_ids"])
             if normalise:
-                (batch["pixels"] - self.model.mean) / self.model.std
+                self.model.normalise(batch["pixels"])
         return images, time.perf_counter() - began
 
     def round(self) -> Figures:

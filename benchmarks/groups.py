@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -62,7 +61,12 @@ def contenders(group: str, setup: Setup, folder: str) -> dict[str, Callable[[], 
             "AdamW": partial(Optimizers, setup),
         },
         "compile": {"image tower": partial(image_tower, ("bf16 channels_last",), True, True)},
-        "peer": {"ours": partial(Ours, setup), "open_clip": partial(OpenClip, setup, folder)},
+        "peer": {
+            "ours": partial(Ours, setup),
+            "ours, augmented": partial(Ours, setup, **augmented),
+            "open_clip": partial(OpenClip, setup, folder),
+            "open_clip, our allocator": partial(OpenClip, setup, f"{folder}/with our allocator", True),
+        },
         "search": {"search": SearchRows},
         "gpu": {"ours": partial(OursOnGpu, setup)},
     }[group]
@@ -74,8 +78,6 @@ def why_left_out(group: str) -> str:
         return "there is no CUDA GPU on this machine"
     if group == "peer" and not is_installed():
         return f"open_clip is {MISSING}"
-    if group == "search" and importlib.util.find_spec("benchmarks.search") is None:
-        return "there is no benchmarks/search.py"
     return ""
 
 

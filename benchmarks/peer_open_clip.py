@@ -21,6 +21,7 @@ import torch
 
 from clip_scratch.data.captions import image_folder
 from clip_scratch.data.tokenizer import build_tokenizer, tokenize
+from clip_scratch.training.device import keep_freed_memory
 
 from .contenders import Setup, train_table
 from .rounds import Figures
@@ -50,7 +51,7 @@ def _write_config(setup: Setup, folder: Path) -> tuple[str, Path]:
     vision_cfg = {"timm_model_name": setup.model_name, "timm_model_pretrained": False}
     vision_cfg |= {"timm_proj": "linear", "image_size": setup.size}
     model = {"embed_dim": cfg.projection_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-    (folder / "models").mkdir()
+    (folder / "models").mkdir(parents=True)
     (folder / "models" / f"{_NAME}.json").write_text(json.dumps(model))
     images = image_folder(cfg, table)
     rows = table.assign(filepath=[str(images / name) for name in table["image"]], title=table["caption"])
@@ -63,11 +64,13 @@ def _write_config(setup: Setup, folder: Path) -> tuple[str, Path]:
 class OpenClip:
     """open_clip trains the same towers; the better of 0 and 2 workers."""
 
-    def __init__(self, setup: Setup, folder: str):
+    def __init__(self, setup: Setup, folder: str, keep_memory: bool = False):
         import open_clip
         from open_clip_train.distributed import init_distributed_device
         from open_clip_train.params import parse_args
 
+        if keep_memory:
+            keep_freed_memory()
         logging.disable(logging.INFO)
         precision, self.csv = _write_config(setup, Path(folder))
         open_clip.add_model_config(Path(folder) / "models")
@@ -83,9 +86,9 @@ class OpenClip:
         self.loss = open_clip.create_loss(self.args)
         self.optimizer = _optimizer(self.model, self.args)
         self._epoch(0, 1)
-        seconds = {workers: self._epoch(workers, 1)[1] for workers in (0, 2)}
+        seconds = {workers: self._epoch(workers, 3)[1] / 3 for workers in (0, 2)}
         self.workers = min(seconds, key=seconds.get)
-        self.steps = max(2, math.ceil(setup.seconds / seconds[self.workers]))
+        self.steps = max(3, math.ceil(setup.seconds / seconds[self.workers]))
 
     def _epoch(self, workers: int, steps: int) -> tuple[float, float]:
         import pandas as pd

@@ -7,6 +7,8 @@ machine does in the meantime then falls on all alike, and a ratio within a round
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import statistics
@@ -34,21 +36,34 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes."""
+    """The most memory that this process has held so far, in bytes; 0 where Windows does not tell."""
+    if sys.platform == "win32":
+        return 0
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes, except on macOS
 
 
+def _give_memory_back() -> None:
+    """Let go of what the allocator keeps: children that wait would together hold more than a machine has."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc has it
+        trim(0)
+
+
 def _serve(pipe, build: Callable[[], object]) -> None:
     """A child's life: build the contender, then a round whenever it is asked for, until the pipe closes."""
     try:
         contender = build()
+        _give_memory_back()
         pipe.send(("ready", None))
         while (question := pipe.recv()) != "close":
             if question == "round":
-                pipe.send(("figures", contender.round()))
+                figures = contender.round()
+                _give_memory_back()
+                pipe.send(("figures", figures))
             else:
                 pipe.send(("facts", contender.facts() | {"peak_memory": peak_memory()}))
     except (EOFError, KeyboardInterrupt):  # the parent has gone

@@ -52,6 +52,7 @@ def export(
         check_expressible(model)
     model.cfg = cfg = _data_settings(model.cfg, captions_path, image_path)
     with _new_folder(Path(folder)) as unfinished:
+        cfg = dataclasses.replace(cfg, image_cache=False)  # each image is looked at once
         table = read_captions(cfg)
         images = image_folder(cfg, table)
         valid = check_images(split_of(table, "valid", cfg.captions_path), images, cfg.on_bad_image)

@@ -148,6 +148,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
 
     if cfg.wise_ft and cfg.backend != "hf_clip":
         raise UserError("wise_ft mixes with zero-shot weights: it needs a pretrained CLIP, as the preset hf_clip has")
+    if cfg.compile and cfg.frozen_views:
+        raise UserError("compile and frozen_views do not go together: a compiled tower cannot be entered half-way")
     device = pick_device(cfg)
     keep_freed_memory()
 
@@ -177,7 +179,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
         print(f"{cut:,} captions are longer than {model.tokenizer.model_max_length} tokens and are cut there")
     batches_per_epoch = len(train_loader.batches)
     total_steps = min(cfg.epochs * -(-batches_per_epoch // cfg.accumulation), cfg.max_steps or sys.maxsize)
-    if cfg.precision == "auto" and total_steps >= WORTH_MEASURING:
+    if cfg.precision == "auto" and total_steps >= WORTH_MEASURING and not cfg.resume and device.type in ("cpu", "cuda"):
         cfg, why = tune(model, next(iter(train_loader)), cfg)
         model.cfg = cfg  # and with it best/ and a resume compute alike
         model.apply_precision()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..config import CFG
 
 _FORMAT = 1  # of the folder; also to be raised when the same settings come to give other pixels
+_WORTH_SAYING = 5e8  # bytes: a cache as large as this is announced
 _CHUNK = 256  # rows that are decoded, written and recorded together
 
 
@@ -70,8 +71,7 @@ class ImageCache:
     """The same from a finished cache: `.pixels` (N, M, M, 3) is the memory map, `.ratios` (N,)."""
 
     def __init__(self, folder: Path, n: int, side: int):
-        # Copy on write, though nothing writes: torch warns of arrays that it may not write to
-        self.pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "c", shape=(n, side, side, 3)))
+        self.pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "r", shape=(n, side, side, 3)))
         self.ratios = np.fromfile(folder / "ratios", np.float32)
         self.side = side
 
@@ -200,8 +200,10 @@ def _build(cache: Path, files: ImageFiles, record: dict) -> None:
     n, size = len(files), 3 * files.side**2  # bytes of a row
     done = _rows_done(cache, files)
     missing, free = int((~done).sum()) * size, shutil.disk_usage(cache).free
-    if missing > 0.95 * free:
+    if missing > free / 2:  # the other half is for runs, and for whoever else uses the disk
         raise OSError(f"it needs {missing / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    if missing > _WORTH_SAYING:
+        print(f"caching {n:,} images, {n * size / 1e9:.1f} GB, in {cache} (--no-image-cache does without)")
     if not done.any():
         _lay_out(cache, n, size, record)
     rows = np.flatnonzero(~done)

@@ -56,12 +56,12 @@ class CaptionedImages(Dataset):
         self.per_image = cfg.captions_per_image if train else 0  # 0: all of them
         self.seed = cfg.seed if train else None
         self.cfg, self.transform = cfg, transform
-        self.augmented = train and augments(cfg)
+        self.augmented = train and (transform is not None or augments(cfg))
         self.images = open_images(self.names, self.folder, cfg, train) if transform is None else None
         self.device, self.held = torch.device("cpu"), None
         if isinstance(self.images, ImageCache):
             self._place(torch.device(device))
-        self._view, self._uniform = None, None  # the last view, and its random numbers (N, K)
+        self._epoch, self._uniform = None, None  # the last epoch, and its random numbers (N, K)
 
     @property
     def decodes(self) -> bool:
@@ -77,14 +77,13 @@ class CaptionedImages(Dataset):
 
     def pixels(self, epoch: int, numbers: Sequence[int]) -> torch.Tensor:
         """The images as training or evaluation sees them in `epoch`: uint8 (B, 3, S, S), channels last."""
-        view = epoch % self.cfg.frozen_views if self.cfg.frozen_views else epoch
         if self.transform is not None:
-            return torch.stack([self._transformed(view, number) for number in numbers])
+            return torch.stack([self._transformed(epoch, number) for number in numbers])
         if self.device.type != "cpu":
-            return self._pixels_on_device(view, numbers).permute(0, 3, 1, 2)
+            return self._pixels_on_device(epoch, numbers).permute(0, 3, 1, 2)
         squares, ratios = self.images.read(numbers)
         if self.augmented:
-            todo = changes(self.cfg, self._uniform_of(view)[numbers], ratios)
+            todo = changes(self.cfg, self._uniform_of(epoch)[numbers], ratios)
             pixels = augment(squares, todo, self.cfg.size, self.cfg.interpolation == "bicubic")
         else:
             pixels = np.stack(squares)
@@ -124,27 +123,33 @@ class CaptionedImages(Dataset):
         first = self.counts.cumsum()[numbers] - own
         return self.rows[np.repeat(first, counts) + turn % np.repeat(own, counts)], counts
 
-    def _transformed(self, view: int, number: int) -> torch.Tensor:
+    def _transformed(self, epoch: int, number: int) -> torch.Tensor:
         """One image through the pipeline that the caller brought: uint8 (3, S, S)."""
         if self.seed is not None:
-            self.transform.set_random_seed(int(np.random.SeedSequence((self.seed, view, number)).generate_state(1)[0]))
+            self.transform.set_random_seed(int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0]))
         path = self.folder / self.names[number]
         with reading(path):
             image = load_image(path)
         return self.transform(image=image)["image"]
 
-    def _uniform_of(self, view: int) -> np.ndarray:
-        if view != self._view:
-            self._view, self._uniform = view, draw(self.seed, view, len(self))
+    def _uniform_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._uniform = epoch, draw(self.seed, epoch, len(self))
         return self._uniform
 
     def _place(self, device: torch.device) -> None:
-        """Have batches made on a GPU, and the whole cache held there where it takes less than 30 % of what is free."""
-        self.device = device
-        if device.type == "cuda" and self.images.pixels.nbytes < 0.3 * torch.cuda.mem_get_info(device)[0]:
-            self.held = torch.from_numpy(self.images.pixels).to(device)
+        """Have batches made on a CUDA device; elsewhere the CPU makes them.
 
-    def _pixels_on_device(self, view: int, numbers: Sequence[int]) -> torch.Tensor:
+        The whole cache is held there where it takes less than 10 % of what is free: optimiser and activations come
+        later.
+        """
+        if device.type != "cuda":
+            return
+        self.device = device
+        if self.images.pixels.nbytes < 0.1 * torch.cuda.mem_get_info(device)[0]:
+            self.held = torch.tensor(self.images.pixels, device=device)
+
+    def _pixels_on_device(self, epoch: int, numbers: Sequence[int]) -> torch.Tensor:
         """uint8 (B, S, S, 3), made where the model is."""
         squares, ratios = self.images.read(numbers)
         if self.held is None:
@@ -153,7 +158,7 @@ class CaptionedImages(Dataset):
             squares = self.held[torch.tensor(numbers, device=self.device)]
         if not self.augmented:
             return squares
-        todo = changes(self.cfg, self._uniform_of(view)[numbers], ratios)
+        todo = changes(self.cfg, self._uniform_of(epoch)[numbers], ratios)
         return augment_on_device(squares, todo, self.cfg.size, self.cfg.interpolation == "bicubic")
 
 
@@ -226,8 +231,8 @@ def build_loaders(
     "valid": in order, not augmented, every caption.
 
     A `transform`, any albumentations pipeline from an RGB array (H, W, 3) to a uint8 tensor (3, S, S), takes the
-    place of cache and batched augmentation: slower, and free to do what they cannot. `device` is where the pixels
-    of a batch are made; the rest of it is made on the CPU.
+    place of cache and batched augmentation: slower, and free to do what they cannot. Where `device` is a CUDA device,
+    cached images are augmented there; all else of a batch is made on the CPU.
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
     data = CaptionedImages(table, tokenizer, mode == "train", cfg, transform, device)

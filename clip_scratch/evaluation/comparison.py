@@ -79,6 +79,7 @@ def measure(model: DualEncoder, cfg: CFG, table: pd.DataFrame) -> Measured:
     from ..data.loaders import build_loaders
     from ..training.engine import embed
 
+    cfg = dataclasses.replace(cfg, image_cache=False)  # each image is looked at once
     loader = build_loaders(table, model.tokenizer, "valid", cfg)
     images, texts, own = embed(model, loader, cfg)
     return Measured(loader.dataset.names, own, *ranks(images, texts, own), fingerprint_of(table))

@@ -44,14 +44,15 @@ def tune(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, str]:
     few = {"pixels": batch["pixels"][:n]} | {k: batch[k][captions] for k in ("input_ids", "attention_mask")}
     few = {k: v.to(model.device) for k, v in few.items()}
 
-    def precisions(asked: str) -> list[str]:
-        return ["same", "fp32"] if has_bf16 and asked == "same" else [asked]
+    def precisions(part: str, asked: str) -> list[str]:
+        trains = any(p.requires_grad for p in model.towers[part].parameters())  # fp32 is for the part that trains
+        return ["same", "fp32"] if has_bf16 and trains and asked == "same" else [asked]
 
     trial = copy.deepcopy(model).train()
     cfg = dataclasses.replace(cfg, precision="bf16" if has_bf16 else "fp32")
     lines = []
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        layouts = [(p, layout) for p in precisions(cfg.image_precision) for layout in (True, False)]
+        layouts = [(p, layout) for p in precisions("image", cfg.image_precision) for layout in (True, False)]
         choices = {
             f"{_name(p, has_bf16)} {'channels_last' if layout else 'contiguous'}":
                 dataclasses.replace(cfg, image_precision=p, channels_last=layout)
@@ -60,7 +61,8 @@ def tune(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, str]:
         cfg, line = _fastest(choices, lambda choice: _step(trial, "image", few, choice))
         lines.append(f"image tower, {len(few['pixels'])} images: {line}")
         choices = {
-            _name(p, has_bf16): dataclasses.replace(cfg, text_precision=p) for p in precisions(cfg.text_precision)
+            _name(p, has_bf16): dataclasses.replace(cfg, text_precision=p)
+            for p in precisions("text", cfg.text_precision)
         }
         cfg, line = _fastest(choices, lambda choice: _step(trial, "text", few, choice))
         lines.append(f"text tower, {len(few['input_ids'])} captions: {line}")

@@ -119,7 +119,9 @@ def train_epoch(
             continue
         if scaler is not None:
             scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(trained, cfg.grad_clip or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if cfg.grad_clip and norm > cfg.grad_clip:  # else a pass over all gradients would multiply them by one
+            nn.utils.clip_grads_with_norm_(trained, cfg.grad_clip, norm)
         if scaler is None:
             if not math.isfinite(norm.item()):  # a finite loss may have such a gradient; a scaler skips the step
                 raise _not_finite("gradient's norm", norm.item(), number, batch)

@@ -1,7 +1,8 @@
 """What frozen layers make of a data set, computed once, kept in a memory map, and put into a loader's batches.
 
 The files lie in the cache folder under a key of all that they depend on: the frozen weights, the images and how they
-are augmented, the captions, the precision. So a later run that shares them, and one that is resumed, finds them.
+are augmented, the captions, the precision. So a later run that shares them, and one that is resumed, finds them. One
+process fills a file, under a lock, and another that wants it waits.
 
 Shapes: N images of the data set, B images and C captions of a batch, L tokens, D features.
 """
@@ -13,7 +14,9 @@ import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,18 +29,18 @@ from ..data.image_cache import cache_folder
 from ..data.loaders import Batch, CaptionedImages, EpochBatches, Loader
 from ..models.clip import DualEncoder
 from ..models.frozen_prefix import activations, goes_on_exactly, unit_that_trains
-from .device import computes_in_bf16
 from .engine import autocast, to_device
 
 _FORMAT = 1  # of the files: a new number leaves the old ones unused
 _CAPTIONS = 64  # computed at a time; models.clip puts no fewer together
-# Settings that decide what the frozen layers see and how they compute; the seed is the data set's
+_WORTH_SAYING = 5e8  # bytes: a file as large as this is announced
+# Settings that decide what the frozen layers see and how they compute, beside the precision and the data set's seed
 _SETTINGS = {
     "image": (
         "size", "resize", "crop_from", "interpolation", "crop_scale", "horizontal_flip", "color_jitter", "hue_jitter",
-        "crop_margin", "precision", "channels_last",
+        "crop_margin", "image_precision", "channels_last",
     ),
-    "text": ("text_pooling", "precision"),
+    "text": ("text_pooling", "text_precision"),
 }  # fmt: skip
 
 
@@ -124,31 +127,38 @@ class FrozenLoader:
 def freeze_features(model: DualEncoder, loader: Loader, cfg: CFG) -> Loader | FrozenLoader:
     """The loader with what frozen layers give computed once, now, for `cfg.frozen_views` views of each image.
 
-    An evaluation loader's images have one view. The loader itself where nothing is frozen or `frozen_views` is 0; a
-    tower that cannot be cut in two, or has no room on the disk, is computed in every epoch, and a line says so. The
-    model has its weights, and on its device: what is frozen may not change any more.
+    Images that are not augmented, as those of an evaluation loader, have one view. The loader itself where nothing is
+    frozen or `frozen_views` is 0; a tower that cannot be cut in two, or has no room on the disk, is computed in every
+    epoch, and a line says so. The model has its weights, and on its device: what is frozen may not change any more.
     """
     if not cfg.frozen_views:
         return loader
+    data = loader.dataset
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast(cfg, model.device):
-            images, texts = _keep_images(model, loader.dataset, cfg), _keep_texts(model, loader.dataset, cfg)
+            few = to_device(data[[(0, number) for number in range(min(4, len(data)))]], model.device)
+            image_unit, text_unit = (unit_that_trains(model, part, few) for part in ("image", "text"))
+            if image_unit is None and text_unit is None and data.seed is not None:
+                print("frozen_views has no effect: no tower has frozen layers below the trained ones", file=sys.stderr)
+            images = _keep_images(model, image_unit, few["pixels"], data, cfg) if image_unit else None
+            texts = _keep_texts(model, text_unit, data, cfg) if text_unit else None
     finally:
         model.train(was_training)
     return FrozenLoader(loader, images, texts) if images or texts else loader
 
 
-def _keep_images(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> KeptImages | None:
-    few = data.pixels(0, list(range(min(4, len(data)))))  # (4, 3, S, S)
-    found = _cut(model, "image", {"pixels": few.to(model.device)})
-    if found is None:
+def _keep_images(
+    model: DualEncoder, unit: str, few: torch.Tensor, data: CaptionedImages, cfg: CFG
+) -> KeptImages | None:
+    """`few` are the pixels of the first images in the first view: (4, 3, S, S)."""
+    example = _entering(model, "image", unit, {"pixels": few})
+    if example is None:
         return None
-    unit, example = found
     channels_last = _is_channels_last(example)
     example = example.permute(0, 2, 3, 1) if channels_last else example
-    views = cfg.frozen_views if data.seed is not None else 1
+    views, seed = (cfg.frozen_views, data.seed) if data.augmented else (1, None)
     shape = (views, len(data), *example.shape[1:])
 
     def fill(values: torch.Tensor) -> None:
@@ -163,7 +173,7 @@ def _keep_images(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> KeptIma
 
     files = [(name, os.stat(data.folder / name)) for name in data.names]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    key = _key(model, "image", cfg, unit, shape, example.dtype, data.seed, files, few.cpu().numpy())
+    key = _key(model, "image", cfg, unit, shape, example.dtype, seed, files, few.cpu().numpy())
     values = _computed_once(key, shape, example.dtype, fill, "image", cfg)
     return None if values is None else KeptImages(unit, values, channels_last)
 
@@ -172,7 +182,7 @@ def _is_channels_last(x: torch.Tensor) -> bool:
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _keep_texts(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> KeptTexts | None:
+def _keep_texts(model: DualEncoder, unit: str, data: CaptionedImages, cfg: CFG) -> KeptTexts | None:
     tokens = data.tokens
     by_length = np.argsort(tokens.lengths(), kind="stable")
 
@@ -180,10 +190,9 @@ def _keep_texts(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> KeptText
         input_ids, attention_mask = tokens.batch(rows)
         return to_device({"input_ids": input_ids, "attention_mask": attention_mask}, model.device)
 
-    found = _cut(model, "text", batch_of(by_length[[0, -1]]))
-    if found is None:
+    example = _entering(model, "text", unit, batch_of(by_length[[0, -1]]))
+    if example is None:
         return None
-    unit, example = found
     starts = None
     if example.ndim == 3:
         padded = model.padded_length  # then no mask hides the padding, which is kept with the words
@@ -207,15 +216,12 @@ def _keep_texts(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> KeptText
     return None if values is None else KeptTexts(unit, values, starts)
 
 
-def _cut(model: DualEncoder, part: str, batch: Batch) -> tuple[str, torch.Tensor] | None:
-    """Where a tower's frozen part ends, and what comes out of it for a small batch; None where it has to be run."""
-    unit = unit_that_trains(model, part, batch)
-    if unit is None:
-        return None
+def _entering(model: DualEncoder, part: str, unit: str, batch: Batch) -> torch.Tensor | None:
+    """What enters `unit` for a small batch; None where the tower cannot go on from that alone."""
     if not goes_on_exactly(model, part, unit, batch):
         _say(part, f"what enters {unit} is not all that the layers above it need")
         return None
-    return unit, activations(model, part, unit, batch)
+    return activations(model, part, unit, batch)
 
 
 def _say(part: str, reason: str) -> None:
@@ -223,10 +229,11 @@ def _say(part: str, reason: str) -> None:
 
 
 def _key(model: DualEncoder, part: str, cfg: CFG, *facts: object) -> str:
-    """A hash of everything that the activations of a data set depend on."""
-    tower = model.towers[part]
+    """A hash of everything that the activations of a data set depend on, to be made under the autocast they get."""
+    tower, device = model.towers[part], model.device.type
     settings = {name: getattr(cfg, name) for name in _SETTINGS[part]}
-    known = [_FORMAT, part, settings, model.device.type, computes_in_bf16(model.device), repr(tower)]
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    known = [_FORMAT, part, settings, device, precision, repr(tower)]
     digest = hashlib.sha256(repr(known).encode())
     for fact in facts:
         digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else repr(fact).encode())
@@ -251,40 +258,75 @@ def _computed_once(
     part: str,
     cfg: CFG,
 ) -> torch.Tensor | None:
-    """The tensor in the cache under `key`, which `fill` fills where there is none; None where there is no room.
-
-    The file gets its name when it is whole, so that what was left of a killed run is never taken for it.
-    """
+    """The tensor in the cache under `key`, which `fill` fills where there is none; None where there is no room."""
     folder = cache_folder(cfg)
-    path = folder / f"frozen-{key}.bin"
-    count, size = math.prod(shape), math.prod(shape) * dtype.itemsize
-    if path.is_file() and path.stat().st_size == size:
-        return torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    path, size = folder / f"frozen-{key}.bin", math.prod(shape) * dtype.itemsize
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{path.stem}.*.tmp"):
-            left.unlink(missing_ok=True)
-        if (free := shutil.disk_usage(folder).free) < size:
-            raise OSError(f"it needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        if not _finished(path, size):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(path):
+                if not _finished(path, size):
+                    _build(path, shape, dtype, fill, part)
+        return _opened(path, shape, dtype)
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: of a disk that knows no locks
+        _say(part, f"{folder} cannot keep what they give ({error}). Set --cache-path to a folder with room.")
+        return None
+
+
+def _finished(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While no other process builds `path`."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that builds {path}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _build(
+    path: Path, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[torch.Tensor], None], part: str
+) -> None:
+    """Fill a file, which gets its name when it is whole: what a killed run leaves is never taken for it."""
+    count, size = math.prod(shape), math.prod(shape) * dtype.itemsize
+    unfinished = path.with_suffix(".tmp")
+    unfinished.unlink(missing_ok=True)  # a killed run's, which takes room
+    free = shutil.disk_usage(path.parent).free
+    if size > free / 2:  # the other half is for runs, and for whoever else uses the disk
+        raise OSError(f"it needs {size / 1e9:.1f} GB, and takes at most half of the {free / 1e9:.1f} GB that are free")
+    if size > _WORTH_SAYING:
+        print(f"keeping what the frozen layers of the {part} tower give, {size / 1e9:.1f} GB, in {path.parent} "
+              "(--frozen-views 0 does without)")  # fmt: skip
+    try:
         with open(unfinished, "wb") as file:
             if hasattr(os, "posix_fallocate"):  # a map of a file whose disk runs full would kill the process
                 os.posix_fallocate(file.fileno(), 0, size)
-        values = torch.from_file(str(unfinished), shared=True, size=count, dtype=dtype).view(shape)
-    except OSError as error:
-        _remove(unfinished)
-        _say(part, f"{folder} cannot keep what they give ({error}). Set --cache-path to a folder with room.")
-        return None
-    try:
-        fill(values)
+        # No name holds the map: Windows renames no file that is still mapped
+        fill(torch.from_file(str(unfinished), shared=True, size=count, dtype=dtype).view(shape))
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    finally:
-        _remove(unfinished)
-    return values
+    except BaseException:  # Ctrl-C among them
+        with suppress(OSError):  # of Windows, where the traceback still holds the map: the next build overwrites it
+            unfinished.unlink()
+        raise
 
 
-def _remove(path: Path) -> None:
-    if path.exists():
-        path.unlink()
+def _opened(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a file, which nothing may write to.
+
+    The map is NumPy's: torch's own reserves memory for all of the file, and there may be less.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that a write would be undefined
+        return torch.from_numpy(np.memmap(path, np.uint8, "r")).view(dtype).view(shape)

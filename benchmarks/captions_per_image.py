@@ -1,0 +1,100 @@
+"""One, two or all captions of an image in a step: what each learns from equally many images, and in equal time.
+
+    python -m benchmarks.captions_per_image --captions-path data/flickr8k
+
+The `compact` pair from its published weights, the late blocks of the image tower and the whole text tower trained, as
+the preset does; a constant learning rate after a short warm-up and averaged weights, so that a run can be measured at
+any time. Validation is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from clip_scratch.config import PRESETS
+from clip_scratch.data.captions import read_captions, split_of
+from clip_scratch.data.loaders import build_loaders
+from clip_scratch.models.build import build_model
+from clip_scratch.training.device import keep_freed_memory
+from clip_scratch.training.engine import train_epoch, valid_epoch
+from clip_scratch.training.frozen_cache import freeze_features
+from clip_scratch.training.optimizer import build_average, build_optimizer
+
+WARMUP = 15  # steps
+
+
+@dataclass
+class Arguments:
+    """Train with 1, 2 and all captions of an image in a step, and compare."""
+
+    captions_path: str  # the captions file or folder, as `train` takes it
+    seconds: float = 150  # of training steps for each
+    cache_path: str = ""  # as `train` takes it
+
+
+def curve(table, cfg, seconds: float) -> list[dict[str, float]]:
+    """Train for `seconds` of steps: after each epoch the images, captions and seconds so far, and the recalls."""
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg)
+    cfg = model.cfg
+    train, valid = (
+        freeze_features(model, build_loaders(split_of(table, mode, cfg.captions_path), model.tokenizer, mode, cfg), cfg)
+        for mode in ("train", "valid")
+    )
+    optimizer = build_optimizer(model, cfg)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
+    average = build_average(model, cfg)
+    points, done = [], []
+    while not points or points[-1]["seconds"] < seconds:
+        epoch = len(points)
+        train_epoch(
+            model, train.start(epoch), optimizer, cfg, step_scheduler=warm_up, average=average, on_step=done.append
+        )
+        points.append({
+            "images": sum(step.images for step in done), "captions": sum(step.captions for step in done),
+            "seconds": sum(step.seconds for step in done), **valid_epoch(average.module, valid, cfg),
+        })  # fmt: skip
+    return points
+
+
+def main(arguments: Arguments) -> None:
+    """Print each curve, and a table at equal image passes and at equal time."""
+    keep_freed_memory()
+    base = PRESETS["compact"](
+        captions_path=arguments.captions_path, cache_path=arguments.cache_path, frozen_views=2, device="cpu"
+    )
+    table = read_captions(base)
+    curves = {}
+    for per_image in (1, 2, 0):
+        name = str(per_image) if per_image else "all"
+        began = time.perf_counter()
+        cfg = PRESETS["compact"](**{**vars(base), "captions_per_image": per_image})
+        curves[name] = curve(table, cfg, arguments.seconds)
+        for point in curves[name]:
+            print(f"captions an image {name:>3}: {_line(point)}", flush=True)
+        print(f"({time.perf_counter() - began:.0f} s with caches and validation)", flush=True)
+    passes = min(points[-1]["images"] for points in curves.values())
+    seconds = min(points[-1]["seconds"] for points in curves.values())
+    for what, limit, key in (("images", passes, "images"), ("seconds", seconds, "seconds")):
+        print(f"\nat {limit:,.0f} {what} or the last epoch before")
+        for name, points in curves.items():
+            print(f"captions an image {name:>3}: {_line([p for p in points if p[key] <= limit][-1])}")
+
+
+def _line(point: dict[str, float]) -> str:
+    return (
+        f"{point['images']:>7,} images {point['captions']:>7,} captions {point['seconds']:6.1f} s   "
+        f"R@1 {100 * point['text_retrieval_recall@1']:.1f} / {100 * point['image_retrieval_recall@1']:.1f}   "
+        f"t2i R@10 {100 * point['image_retrieval_recall@10']:.1f}   rsum {point['rsum']:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    from clip_scratch.errors import run_command
+
+    run_command(lambda: main(tyro.cli(Arguments, prog="python -m benchmarks.captions_per_image")))
