@@ -27,6 +27,9 @@ from clip_scratch.training.optimizer import build_optimizer
 from . import classical
 from .rounds import Figures
 
+# Steps until a process that keeps freed memory has what it needs again, after it was given back between rounds
+SETTLING = 4
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -64,25 +67,30 @@ def train_table(cfg: CFG, images: int | None = None) -> pd.DataFrame:
 
 
 class Classical:
-    """The classical loop (benchmarks/classical.py), with the better of 0 and 2 workers."""
+    """The classical loop (benchmarks/classical.py), with so many workers or with the better of 0 and 2."""
 
-    def __init__(self, setup: Setup, keep_memory: bool = False):
+    def __init__(self, setup: Setup, keep_memory: bool = False, workers: int | None = None):
         if keep_memory:
             keep_freed_memory()
+        self.settling = SETTLING if keep_memory else 1  # the stock allocator keeps nothing from step to step
         cfg = setup.cfg(precision="fp32", channels_last=False)
         table = train_table(cfg)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, table["caption"].tolist()).train()
         self.optimizer = classical.build_optimizer(self.model)
-        self.loaders = {n: classical.build_loader(table, self.model, n, setup.batch_size) for n in (0, 2)}
+        self.loaders = {
+            n: classical.build_loader(table, self.model, n, setup.batch_size)
+            for n in ((0, 2) if workers is None else (workers,))
+        }
         seconds = {n: self._train(n, 1)[1] for n in self.loaders}
         self.workers = min(seconds, key=seconds.get)
         self.steps = max(2, math.ceil(setup.seconds / seconds[self.workers]))
 
     def _train(self, workers: int, steps: int) -> tuple[float, float]:
-        """Pairs and seconds of so many steps, after one in which workers start and memory is had anew."""
+        """Pairs and seconds of so many steps, after those in which workers start and memory is had anew."""
         batches = iter(self.loaders[workers])
-        classical.train_step(self.model, next(batches), self.optimizer)
+        for batch in itertools.islice(batches, self.settling):
+            classical.train_step(self.model, batch, self.optimizer)
         began = time.perf_counter()
         pairs = 0
         for batch in itertools.islice(batches, steps):
@@ -94,7 +102,7 @@ class Classical:
         return {"pairs": self._train(self.workers, self.steps)}
 
     def facts(self) -> dict[str, object]:
-        tokens = next(iter(self.loaders[0]))["input_ids"].shape[1]
+        tokens = self.loaders[self.workers].dataset.input_ids.shape[1]
         return {"workers": self.workers, "steps_a_round": self.steps, "tokens_a_caption": tokens}
 
 
@@ -129,7 +137,7 @@ class Ours:
         }
 
     def round(self) -> Figures:
-        self._train(1)  # memory is had anew, as in the classical loop's first step
+        self._train(SETTLING)
         return self._train(self.steps)
 
     def facts(self) -> dict[str, object]:

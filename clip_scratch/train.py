@@ -185,8 +185,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
         model.apply_precision()
         print(why)
     if cfg.compile:
-        for part, tower in model.towers.items():
-            tower.compile(dynamic=part == "text")  # captions have another length in every batch
+        model.compile_towers()
     optimizer = build_optimizer(model, cfg)
     scheduler = build_scheduler(optimizer, cfg, total_steps)
     step_scheduler = scheduler if cfg.scheduler == "cosine" else None

@@ -143,6 +143,11 @@ class DualEncoder(nn.Module):
         layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
         self.towers["image"].to(memory_format=layout)
 
+    def compile_towers(self) -> None:
+        """torch.compile both towers, in place; compilation happens when they are first called."""
+        for part, tower in self.towers.items():
+            tower.compile(dynamic=part == "text")  # captions have another length in every batch
+
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
         if mode:
