@@ -113,7 +113,8 @@ def draw(results: dict, path: Path) -> None:
         aimed = row["gate"] is not None
         axes.barh(y, row["reached"] - 1, left=1, height=0.62, color="#2b6cb0" if aimed else "#a9bfd6")
         axes.annotate(
-            _figure(row["reached"], "x"), (max(1, row["reached"], row["target"] or 1), y), (4, 0), textcoords="offset points", va="center",
+            _figure(row["reached"], "x"), (max(1, row["reached"], row["target"] or 1), y), (4, 0),
+            textcoords="offset points", va="center",
             bbox={"color": "white", "pad": 0.5}, zorder=3,
         )  # fmt: skip
         if aimed:
