@@ -111,7 +111,7 @@ def test_a_build_that_is_killed_goes_on_where_it_was(folder, cfg, monkeypatch):
     child.start(), child.join(60)
     assert child.exitcode == -signal.SIGKILL
     known = decoded_before(folder, cfg)
-    assert len(known) in {8, 12, 16}  # whole chunks; the one before row 17's may have been on its way
+    assert 8 <= len(known) <= 16  # the chunk before row 17's may have been on its way, or just being recorded
     decoded = counted(monkeypatch)
     assert equal(open_images(NAMES, folder, cfg, True), ImageFiles(NAMES, folder, cfg, True))
     assert sorted(set(decoded[: 26 - len(known)])) == list(range(len(known), 26))
