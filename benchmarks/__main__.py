@@ -16,20 +16,19 @@ from clip_scratch.errors import UserError, run_command, suggest
 
 @dataclass
 class Arguments:
-    """Measure speed, memory and arithmetic against a classical loop and a peer, in turns on this machine."""
+    """Measure speed and memory against a classical loop and a peer, in turns on this machine."""
 
-    captions_path: str = ""  # captions file or folder, as `train` takes it; empty: the built-in scenes, drawn anew
-    image_path: str = ""  # folder of its images, where it is not found by itself
+    captions_path: str = ""  # captions file or folder, as `train` takes it; empty: the built-in scenes
+    image_path: str = ""  # folder of its images, if it is not found automatically
     output_dir: str = "benchmarks/results"  # where results.json, table.md and ratios.png go
-    only: list[str] = field(
-        default_factory=list
-    )  # imports, loader, training, heads, tricks, compile, peer, search, gpu; none: all
-    rounds: int = 3  # rounds of each contender; the medians are of the ratios within them
-    quick: bool = False  # tiny towers, few scenes, one round: whether it runs, not how fast
+    # imports, loader, training, heads, tricks, compile, peer, search, gpu; none: all
+    only: list[str] = field(default_factory=list)
+    rounds: int = 3  # rounds of each contender
+    quick: bool = False  # tiny towers, few scenes, one round: checks that everything runs
 
 
 def main(arguments: Arguments) -> Path:
-    """Run the groups one after the other, and return the folder of the results. Raises UserError."""
+    """Run the groups one after the other and return the folder of the results. Raises UserError."""
     from .contenders import Setup
     from .groups import GROUPS
 
@@ -63,7 +62,7 @@ def main(arguments: Arguments) -> Path:
 
 
 def run(arguments: Arguments, setup, output: Path, work: str, data: str) -> None:
-    """Measure group by group; the results are written after each, so that an error later loses none."""
+    """Measure group by group; results are written after each, so that a later error loses none."""
     from . import groups, rows, table
     from .environment import environment
     from .rounds import take_turns
@@ -73,7 +72,7 @@ def run(arguments: Arguments, setup, output: Path, work: str, data: str) -> None
     measured: dict[str, dict] = {}
     machine = environment()
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"{(time.perf_counter() - began) / 60:5.1f} min  {text}", flush=True)
 
     for name in groups.GROUPS:
@@ -82,7 +81,7 @@ def run(arguments: Arguments, setup, output: Path, work: str, data: str) -> None
         reason = groups.why_left_out(name)
         if arguments.quick and name in ("compile", "peer", "search"):
             reason = "--quick leaves it out"
-        say(f"{name}: left out, {reason}" if reason else name)
+        log(f"{name}: left out, {reason}" if reason else name)
         if reason:
             measured[name] = {"left_out": reason}
         elif name == "imports":
@@ -91,12 +90,12 @@ def run(arguments: Arguments, setup, output: Path, work: str, data: str) -> None
         else:
             timeout = groups.BUILD_TIMEOUT.get(name)
             try:
-                done, facts = take_turns(groups.contenders(name, setup, work), rounds, say, timeout)
+                done, facts = take_turns(groups.contenders(name, setup, work), rounds, log, timeout)
                 measured[name] = {"rounds": done, "facts": facts}
             except UserError as error:
                 if timeout is None:
                     raise
-                say(f"  {error}")  # not sure to work everywhere: a row that says so
+                log(f"  {error}")  # torch.compile does not work everywhere
                 measured[name] = {"left_out": str(error)}
         results = {
             "environment": machine,

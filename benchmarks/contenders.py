@@ -1,6 +1,6 @@
-"""Who takes part: each contender builds what it needs in a process of its own and is asked for rounds.
+"""The training loops and loaders that are compared. Each is built in its own process and then runs rounds.
 
-`round()` gives name -> (count, seconds). `facts()` gives what does not change: workers, FLOPs, captions' lengths.
+`round()` returns name -> (count, seconds). `facts()` returns what is the same in every round: workers, FLOPs, lengths.
 Shapes: B images, C captions, L tokens, S pixels a side.
 """
 
@@ -27,13 +27,13 @@ from clip_scratch.training.optimizer import build_optimizer
 from . import classical
 from .rounds import Figures
 
-# Steps until a process that keeps freed memory has what it needs again, after it was given back between rounds
+# Untimed steps before a round: memory was returned to the system between rounds and has to be allocated again
 SETTLING = 4
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contenders share: the data, the towers, the batch, and how long a round is."""
+    """What all contenders share: data, towers, batch size and length of a round."""
 
     captions_path: str
     image_path: str
@@ -42,15 +42,20 @@ class Setup:
     text_encoder_model: str = "distilbert-base-uncased"
     size: int = 224  # pixels a side
     batch_size: int = 32
-    seconds: float = 6.0  # the least that a round of training lasts
-    matmul: int = 2048  # rows and columns of the matrices whose product measures the machine's peak
+    seconds: float = 6.0  # minimum length of a training round
+    matmul: int = 2048  # rows and columns of the square matrices that measure the machine's peak
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What the processor computes in without emulation, fastest last."""
+        return ("fp32", "bf16") if computes_in_bf16(torch.device("cpu")) else ("fp32",)
 
     @property
     def precision(self) -> str:
-        return "bf16" if computes_in_bf16(torch.device("cpu")) else "fp32"
+        return self.precisions[-1]
 
     def cfg(self, **changes: object) -> CFG:
-        """Settings of a run without augmentation, as the classical loop has none, from random weights."""
+        """Settings for random weights and no augmentation; the classical loop has none either."""
         settings = {
             "captions_path": self.captions_path, "image_path": self.image_path, "cache_path": self.cache_path,
             "model_name": self.model_name, "text_encoder_model": self.text_encoder_model, "text_tokenizer": "train",
@@ -61,18 +66,18 @@ class Setup:
 
 
 def train_table(cfg: CFG, images: int | None = None) -> pd.DataFrame:
-    """The training captions, of all images or of the first so many."""
+    """The training captions of all images, or of the first `images`."""
     table = split_of(read_captions(cfg), "train", cfg.captions_path)
     return table if images is None else table[table["image_id"].isin(table["image_id"].unique()[:images])]
 
 
 class Classical:
-    """The classical loop (benchmarks/classical.py), with so many workers or with the better of 0 and 2."""
+    """The classical loop (benchmarks/classical.py) with `workers`, or with the faster of 0 and 2."""
 
     def __init__(self, setup: Setup, keep_memory: bool = False, workers: int | None = None):
         if keep_memory:
             keep_freed_memory()
-        self.settling = SETTLING if keep_memory else 1  # the stock allocator keeps nothing from step to step
+        self.settling = SETTLING if keep_memory else 1  # the stock allocator allocates again at every step
         cfg = setup.cfg(precision="fp32", channels_last=False)
         table = train_table(cfg)
         torch.manual_seed(cfg.seed)
@@ -87,7 +92,7 @@ class Classical:
         self.steps = max(2, math.ceil(setup.seconds / seconds[self.workers]))
 
     def _train(self, workers: int, steps: int) -> tuple[float, float]:
-        """Pairs and seconds of so many steps, after those in which workers start and memory is had anew."""
+        """Pairs and seconds of `steps` steps, after untimed ones in which workers start and memory is allocated."""
         batches = iter(self.loaders[workers])
         for batch in itertools.islice(batches, self.settling):
             classical.train_step(self.model, batch, self.optimizer)
@@ -107,7 +112,7 @@ class Classical:
 
 
 class Ours:
-    """This package's loop with `changes` of the settings, from the same parts as clip_scratch.train."""
+    """This package's loop, from the same parts as clip_scratch.train; `changes` are settings."""
 
     def __init__(self, setup: Setup, **changes: object):
         keep_freed_memory()
@@ -125,7 +130,7 @@ class Ours:
     def _train(self, steps: int) -> Figures:
         done = []
         self.loader.start(self.epoch, 0, steps)
-        self.epoch += 1  # other images the next time
+        self.epoch += 1  # different images next time
         began = time.perf_counter()
         train_epoch(self.model, self.loader, self.optimizer, self.cfg, on_step=done.append)
         if self.model.device.type == "cuda":
@@ -141,7 +146,7 @@ class Ours:
         return self._train(self.steps)
 
     def facts(self) -> dict[str, object]:
-        """The FLOPs of a step, forward and backward, counted operation by operation, and the shape of its batch."""
+        """FLOPs of a step, forward and backward, and the shape of its batch."""
         from torch.utils.flop_counter import FlopCounterMode
 
         self.loader.start(0, 0, 1)
@@ -158,7 +163,7 @@ class Ours:
 
 
 class OursOnGpu(Ours):
-    """Full fine-tuning on a GPU; measures also the share of the time that it waits for data."""
+    """Full fine-tuning on a GPU, and the share of the time it waits for data."""
 
     def __init__(self, setup: Setup, batch_size: int = 512):
         super().__init__(setup, device="cuda", precision="bf16", batch_size=batch_size)
@@ -185,7 +190,7 @@ class OursOnGpu(Ours):
 def _gpu_peak(n: int = 8192, times: int = 20) -> float:
     """FLOP/s of a large bf16 matrix product on the GPU."""
     a, b = (torch.randn(n, n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    for _ in range(times):  # until the clock has settled
+    for _ in range(times):  # warm-up: the clock settles
         a @ b
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -196,7 +201,7 @@ def _gpu_peak(n: int = 8192, times: int = 20) -> float:
 
 
 class _Stopwatch:
-    """Adds up how long the training step waits for batches."""
+    """Adds up the time that training waits for batches."""
 
     seconds = 0.0
 
@@ -211,11 +216,11 @@ class _Stopwatch:
 
 
 class ClassicalLoader:
-    """The classical DataLoader alone, with the better of 0 and 2 workers."""
+    """The classical DataLoader alone, with the faster of 0 and 2 workers."""
 
     def __init__(self, setup: Setup, images: int = 1920):
         cfg = setup.cfg()
-        table = train_table(cfg).iloc[:images]  # a row is an image that is decoded
+        table = train_table(cfg).iloc[:images]  # it decodes an image per row
         model = build_model(cfg, table["caption"].tolist())
         self.loaders = {n: classical.build_loader(table, model, n, setup.batch_size) for n in (0, 2)}
         rates = {n: count / seconds for n in self.loaders for count, seconds in [self._epoch(n)]}
@@ -223,7 +228,7 @@ class ClassicalLoader:
 
     def _epoch(self, workers: int) -> tuple[float, float]:
         batches = iter(self.loaders[workers])
-        next(batches)  # workers have started
+        next(batches)  # starts the workers
         began = time.perf_counter()
         images = sum(len(batch["pixels"]) for batch in batches)
         return images, time.perf_counter() - began
@@ -236,7 +241,7 @@ class ClassicalLoader:
 
 
 class OurLoader:
-    """Our loader alone, and with the normalisation that the model does, which the classical loader has done."""
+    """Our loader alone, and with normalisation, which our model does and the classical loader includes."""
 
     def __init__(self, setup: Setup, images: int | None = None, **changes: object):
         keep_freed_memory()
@@ -245,7 +250,7 @@ class OurLoader:
         self.model = build_model(cfg, table["caption"].tolist())
         self.loader = build_loaders(table, self.model.tokenizer, "train", self.model.cfg)
         self.epoch = 0
-        self.first_epoch = self._epoch(False)[1]  # with a cache: the epoch that fills it
+        self.first_epoch = self._epoch(False)[1]  # fills the image cache, if there is one
 
     @torch.inference_mode()
     def _epoch(self, normalise: bool) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Which contenders meet: each group's are alive together and take turns."""
+"""The groups of contenders that take turns, and why a machine leaves one out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from functools import partial
 
 import torch
 
+from clip_scratch.training.device import computes_in_bf16
+
 from .contenders import Classical, ClassicalLoader, OurLoader, Ours, OursOnGpu, Setup
 from .peer_open_clip import MISSING, OpenClip, is_installed
 from .rounds import Figures, Rounds
-from .tricks import HeadOnly, ImageTower, Optimizers, Peak, TextTower
+from .rows import NO_BF16
+from .tricks import HeadOnly, ImageTower, Peak, TextTower
 
 GROUPS = ("imports", "loader", "training", "heads", "tricks", "compile", "peer", "search", "gpu")
-BUILD_TIMEOUT = {"compile": 150.0}  # seconds that a contender may take to be ready, where it is not sure to be
+BUILD_TIMEOUT = {"compile": 150.0}  # seconds until the group is given up
 
 _IMPORT = """
 import time
@@ -32,12 +35,13 @@ print(loaded - began, ours - loaded, time.perf_counter() - ours)
 
 
 def contenders(group: str, setup: Setup, folder: str) -> dict[str, Callable[[], object]]:
-    """What builds each contender of a group, by its name. `folder` is for the peer's files."""
+    """Name -> builder of each contender of a group. `folder` is for the peer's files."""
     augmented = {"crop_scale": 0.6, "horizontal_flip": 0.5, "color_jitter": 0.2}
     image_tower = partial(ImageTower, setup)
     forms = tuple(
-        f"{precision} {layout}" for precision in ("fp32", "bf16") for layout in ("contiguous", "channels_last")
+        f"{precision} {layout}" for precision in setup.precisions for layout in ("contiguous", "channels_last")
     )
+    stock = {"image tower, stock allocator": partial(image_tower, ("bf16 channels_last",), False)}
     return {
         "loader": {
             "classical": partial(ClassicalLoader, setup),
@@ -55,10 +59,9 @@ def contenders(group: str, setup: Setup, folder: str) -> dict[str, Callable[[], 
         "heads": {"ours": partial(HeadOnly, setup, 1000)},
         "tricks": {
             "image tower": partial(image_tower, forms),
-            "image tower, stock allocator": partial(image_tower, ("bf16 channels_last",), False),
             "text tower": partial(TextTower, setup),
-            "AdamW": partial(Optimizers, setup),
-        },
+        }
+        | (stock if "bf16" in setup.precisions else {}),
         "compile": {"image tower": partial(image_tower, ("bf16 channels_last",), True, True)},
         "peer": {
             "ours, augmented": partial(Ours, setup, **augmented),
@@ -74,13 +77,17 @@ def why_left_out(group: str) -> str:
     """Why a group cannot be measured on this machine; "" where it can."""
     if group == "gpu" and not torch.cuda.is_available():
         return "there is no CUDA GPU on this machine"
+    if group == "gpu" and not computes_in_bf16(torch.device("cuda")):
+        return "this GPU has no bf16 arithmetic"
+    if group == "compile" and not computes_in_bf16(torch.device("cpu")):
+        return NO_BF16
     if group == "peer" and not is_installed():
         return f"open_clip is {MISSING}"
     return ""
 
 
 class SearchRows:
-    """The rows of benchmarks/search.py, which takes its own medians; as facts, since they are no rounds."""
+    """The table of benchmarks/search.py, which takes its own medians: one fact, no rounds."""
 
     def __init__(self) -> None:
         from .search import measure
@@ -95,7 +102,7 @@ class SearchRows:
 
 
 def import_rounds(rounds: int, everything: int) -> Rounds:
-    """Seconds of imports in fresh interpreters: torch, clip_scratch, and in `everything` of them all its names."""
+    """Seconds of imports in fresh interpreters: torch, clip_scratch, and in the first `everything` all its names."""
     results = []
     for number in range(rounds):
         command = [sys.executable, "-c", _IMPORT.format(everything=number < everything)]

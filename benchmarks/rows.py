@@ -1,4 +1,4 @@
-"""The rows of the table: who is compared with whom, the gate, the target, and what was reached."""
+"""The rows of the table: what is compared, the gate, the target, and the result."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from .rounds import Spread, paired_ratio, rates
 
+NO_BF16 = "this processor has no bf16 arithmetic"
 # bf16 dense FLOP/s of the data sheets, by a word in the GPU's name
 DATASHEET = {"H100": 989e12, "H200": 989e12}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: a ratio of two contenders' rates, a rate, seconds (the less the better) or a share."""
+    """One figure: a ratio of two contenders' rates, a rate, or seconds or a share of the time (less is better)."""
 
     group: str
     name: str
@@ -21,6 +22,15 @@ class Row:
     gate: float | None = None
     target: float | None = None
     unit: str = "x"  # x: ratio; s: seconds; /s: rate; %: share of the time
+
+    def left_out(self, group: dict) -> str:
+        """Why the row has no figure; "" where it has one."""
+        if "left_out" in group:
+            return group["left_out"]
+        for contender, measure in filter(None, (self.ours, self.other)):
+            if measure.startswith("bf16") and not any(measure in r.get(contender, {}) for r in group["rounds"]):
+                return NO_BF16
+        return ""
 
     def values(self, rounds: list) -> Spread:
         """The figure over the rounds."""
@@ -37,18 +47,11 @@ TARGETS = (
     Row("training", "training pairs/s, one caption an image", ("ours", "pairs"), CLASSICAL, 2.5, 4),
     Row("training", "training pairs/s, all captions of an image", ("ours, all captions", "pairs"), CLASSICAL, 5, 8),
     Row("loader", "loader images/s, uint8 as handed over", ("ours", "images"), ("classical", "images"), 8, 15),
-    Row(
-        "loader",
-        "the same, our model's normalisation counted",
-        ("ours", "normalised images"),
-        ("classical", "images"),
-        8,
-        15,
-    ),
-    Row("heads", "head-only epoch, features kept", ("ours", "kept"), ("ours", "computed anew"), 100, 250),
+    Row("loader", "the same, with normalisation", ("ours", "normalised images"), ("classical", "images"), 8, 15),
+    Row("heads", "head-only epoch, cached features", ("ours", "cached"), ("ours", "recomputed"), 100, 250),
     Row("imports", "import clip_scratch, beyond torch's", ("import", "clip_scratch"), None, 0.3, 0.1, "s"),
     Row("gpu", "GPU, full fine-tuning, pairs/s", ("ours", "pairs"), None, 3500, 5000, "/s"),
-    Row("gpu", "GPU, share of the time that waits for data", ("ours", "stall"), None, 2, 2, "%"),
+    Row("gpu", "GPU, share of the time waiting for data", ("ours", "stall"), None, 2, 2, "%"),
 )
 TRICKS = (
     Row("training", "the classical loop with our allocator setting", ("classical, our allocator", "pairs"), CLASSICAL),
@@ -69,9 +72,8 @@ TRICKS = (
         ("image tower", "fp32 contiguous")),
     Row("tricks", "trick: captions trimmed to the batch's longest, text tower", ("text tower", "trimmed"),
         ("text tower", "padded")),
-    Row("tricks", "trick: captions of like length together, text tower", ("text tower", "many in chunks"),
+    Row("tricks", "trick: captions of similar length together, text tower", ("text tower", "many in chunks"),
         ("text tower", "many")),
-    Row("tricks", "trick: fused AdamW, optimiser step", ("AdamW", "fused"), ("AdamW", "plain")),
     Row("compile", "trick: torch.compile, image tower", ("image tower", "bf16 channels_last compiled"),
         ("image tower", "bf16 channels_last")),
     Row("peer", "against open_clip, pairs/s, one caption an image, both augmenting", ("ours, augmented", "pairs"),
@@ -95,15 +97,15 @@ def verdict(row: Row, reached: float) -> str:
 
 
 def reached(rows: tuple[Row, ...], groups: dict[str, dict]) -> list[dict[str, object]]:
-    """A line for each row of the groups that were asked for: figures, or why they were left out."""
+    """A line for each row of the measured groups: its figures, or why it was left out."""
     lines = []
     for row in rows:
         if row.group not in groups:
             continue
         group = groups[row.group]
         line = {"group": row.group, "name": row.name, "unit": row.unit, "gate": row.gate, "target": row.target}
-        if "left_out" in group:
-            line["left_out"] = group["left_out"]
+        if reason := row.left_out(group):
+            line["left_out"] = reason
         else:
             spread = row.values(group["rounds"])
             line |= {"reached": spread.median, "least": spread.least, "greatest": spread.greatest}
@@ -115,7 +117,7 @@ def reached(rows: tuple[Row, ...], groups: dict[str, dict]) -> list[dict[str, ob
 def arithmetic(groups: dict[str, dict]) -> list[dict[str, object]]:
     """FLOP/s and MFU of our training contenders.
 
-    MFU is the share of the peak that was measured beside them, and on a GPU that we know also of its data sheet's.
+    MFU is the share of the peak measured in the same rounds, and on a known GPU also of the data sheet's.
     """
     lines = []
     for name in ("training", "gpu"):
@@ -127,7 +129,8 @@ def arithmetic(groups: dict[str, dict]) -> list[dict[str, object]]:
             line = {"contender": contender if name == "training" else f"GPU: {contender}"}
             line |= {"flops_a_step": facts["flops_a_step"], "flops_a_second": steps * facts["flops_a_step"]}
             if name == "training":
-                peak = max(Spread.of(rates(group["rounds"], "peak", kind)).median for kind in ("fp32", "bf16"))
+                precisions = group["rounds"][0]["peak"]
+                peak = max(Spread.of(rates(group["rounds"], "peak", precision)).median for precision in precisions)
             else:
                 peak = facts["peak_flops_a_second"]
                 sheet = next((flops for word, flops in DATASHEET.items() if word in facts["gpu"]), None)

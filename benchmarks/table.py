@@ -1,4 +1,4 @@
-"""What was measured, as Markdown and as a chart."""
+"""The results as Markdown and as a chart."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def _tricks(rows: list[dict]) -> str:
 def _losses(rows: list[dict]) -> str:
     lost = [row for row in rows if row["unit"] == "x" and row.get("reached", 1) < 1]
     missed = [row["name"] for row in rows if row.get("verdict") == "below the gate"]
-    said = [f"{row['name']} ({_figure(row['reached'], 'x')})" for row in lost]
+    losses = [f"{row['name']} ({_figure(row['reached'], 'x')})" for row in lost]
     return "\n".join([
-        f"Where we lose (below 1x): {'; '.join(said) or 'nowhere in this run'}.",
-        f"Gates that were missed: {'; '.join(missed) or 'none'}.",
+        f"Where we lose (below 1x): {'; '.join(losses) or 'nowhere in this run'}.",
+        f"Gates missed: {'; '.join(missed) or 'none'}.",
     ])  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def _search(groups: dict[str, dict]) -> str:
 
 
 def markdown(results: dict) -> str:
-    """The tables of README.md: gates and targets, single tricks, arithmetic and memory, the machine."""
+    """Tables of gates and targets, tricks, arithmetic and memory, search; then losses and the machine."""
     machine, groups = results["environment"], results["groups"]
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else "memory unknown"
     flags = ", ".join(machine["processor_flags"]) or "no flags known"
@@ -101,7 +101,7 @@ def markdown(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """The ratios as bars on a logarithmic axis, with the gates and targets beside them."""
+    """Bar chart of the ratios on a logarithmic axis, with gates and targets."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Contenders that measure one trick each: the same work with and without it, alternately in one process.
+"""Contenders that measure one trick each: the same work with and without it, in one process.
 
 Shapes: B images, C captions, L tokens, S pixels a side.
 """
@@ -26,8 +26,8 @@ from .contenders import Setup, train_table
 from .rounds import Figures
 
 
-def _seconds(work: Callable[[], object], least: float = 0.5) -> tuple[float, float]:
-    """How often `work` was done, and in how many seconds; at least once and for `least` seconds."""
+def _time(work: Callable[[], object], least: float = 0.5) -> tuple[float, float]:
+    """Repeat `work` for at least `least` seconds: (repetitions, seconds)."""
     began, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - began < least:
         work()
@@ -35,17 +35,17 @@ def _seconds(work: Callable[[], object], least: float = 0.5) -> tuple[float, flo
     return count, time.perf_counter() - began
 
 
-class _Works:
-    """Named pieces of work, each done once as a warm-up and then in every round."""
+class _Variants:
+    """Named variants of some work: each runs once as a warm-up and is then timed in every round."""
 
-    works: dict[str, Callable[[], object]]
+    variants: dict[str, Callable[[], object]]
 
     def _warm_up(self) -> None:
-        for work in self.works.values():
+        for work in self.variants.values():
             work()
 
     def round(self) -> Figures:
-        return {name: _seconds(work) for name, work in self.works.items()}
+        return {name: _time(work) for name, work in self.variants.items()}
 
     def facts(self) -> dict[str, object]:
         return {}
@@ -59,15 +59,15 @@ def _forward_and_backward(tower: torch.nn.Module, inputs: tuple[torch.Tensor, ..
     tower.zero_grad(set_to_none=True)
 
 
-class ImageTower(_Works):
-    """Forward and backward of the image tower on B images, in fp32 and bf16, contiguous and channels_last."""
+class ImageTower(_Variants):
+    """Forward and backward of the image tower on B images; a form is e.g. "bf16 channels_last"."""
 
     def __init__(self, setup: Setup, forms: tuple[str, ...], keep_memory: bool = True, compiled: bool = False):
         if keep_memory:
             keep_freed_memory()
         towers = {}
         pixels = torch.randn(setup.batch_size, 3, setup.size, setup.size)
-        self.works = {}
+        self.variants = {}
         for form in forms:
             precision, layout = form.split(" ")
             memory = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[layout]
@@ -75,10 +75,12 @@ class ImageTower(_Works):
                 encoder = ImageEncoder(setup.model_name, pretrained=False, size=setup.size)
                 towers[layout] = encoder.to(memory_format=memory).train()
             inputs = (pixels.contiguous(memory_format=memory),)
-            self.works[form] = lambda t=towers[layout], i=inputs, p=precision: _forward_and_backward(t, i, p)
+            self.variants[form] = lambda t=towers[layout], i=inputs, p=precision: _forward_and_backward(t, i, p)
             if compiled:
-                faster = torch.compile(towers[layout])
-                self.works[f"{form} compiled"] = lambda t=faster, i=inputs, p=precision: _forward_and_backward(t, i, p)
+                compiled_tower = torch.compile(towers[layout])
+                self.variants[f"{form} compiled"] = lambda t=compiled_tower, i=inputs, p=precision: (
+                    _forward_and_backward(t, i, p)
+                )
         began = time.perf_counter()
         self._warm_up()
         self.warm_up_seconds = time.perf_counter() - began
@@ -87,7 +89,7 @@ class ImageTower(_Works):
         return {"warm_up_seconds": self.warm_up_seconds}
 
 
-class TextTower(_Works):
+class TextTower(_Variants):
     """Forward and backward of the text tower: captions padded to the data set's longest, to the batch's, in chunks."""
 
     def __init__(self, setup: Setup):
@@ -99,19 +101,20 @@ class TextTower(_Works):
         rows = np.random.default_rng(0).permutation(len(tokens))
         longest = int(tokens.lengths().argmax())
 
-        def both(ids: torch.Tensor, mask: torch.Tensor, tower: torch.nn.Module = model.text_encoder):
+        def work(ids: torch.Tensor, mask: torch.Tensor, tower: torch.nn.Module = model.text_encoder):
             return lambda: _forward_and_backward(tower, (ids, mask), setup.precision)
 
         some, many = rows[: setup.batch_size], rows[: 5 * setup.batch_size]
-        padded = [part[:-1] for part in tokens.batch([*some, longest])]  # its width is the data set's longest
-        self.works = {"padded": both(*padded), "trimmed": both(*tokens.batch(some))}
-        self.works["many"] = both(*tokens.batch(many))
-        # in chunks of captions of like length, as the model does it
-        self.works["many in chunks"] = both(*tokens.batch(many), tower=_InChunks(model))
+        padded = [part[:-1] for part in tokens.batch([*some, longest])]  # as wide as the longest caption
+        self.variants = {"padded": work(*padded), "trimmed": work(*tokens.batch(some))}
+        self.variants["many"] = work(*tokens.batch(many))
+        self.variants["many in chunks"] = work(*tokens.batch(many), tower=_InChunks(model))
         self._warm_up()
 
 
 class _InChunks(torch.nn.Module):
+    """The model's text tower, which encodes captions of similar length together."""
+
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -120,32 +123,17 @@ class _InChunks(torch.nn.Module):
         return self.model.text_features(input_ids, attention_mask)  # (C, L) -> (C, P)
 
 
-class Optimizers(_Works):
-    """One step of AdamW on both towers' parameters, the plain loop over tensors and the fused kernel."""
-
-    def __init__(self, setup: Setup):
-        keep_freed_memory()
-        model = build_model(setup.cfg(), ["a dog", "a cat"])
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        parameters = list(model.parameters())
-        self.works = {
-            "plain": torch.optim.AdamW(parameters, fused=False, foreach=False).step,
-            "fused": torch.optim.AdamW(parameters, fused=True).step,
-        }
-        self._warm_up()
-
-
-class Peak(_Works):
-    """The largest rate at which this machine multiplies matrices: what MFU is a share of. Counts are FLOPs."""
+class Peak(_Variants):
+    """Square matrix products in each of the processor's precisions, the reference of MFU. Counts are FLOPs."""
 
     def __init__(self, setup: Setup):
         n = setup.matmul
         self.flops = 2 * n**3
-        self.works = {}
-        for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            a, b = torch.randn(n, n, dtype=kind), torch.randn(n, n, dtype=kind)
-            self.works[name] = lambda a=a, b=b: a @ b
+        self.variants = {}
+        for precision in setup.precisions:
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+            a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+            self.variants[precision] = lambda a=a, b=b: a @ b
         self._warm_up()
 
     def round(self) -> Figures:
@@ -153,9 +141,9 @@ class Peak(_Works):
 
 
 class HeadOnly:
-    """Epochs of training that touches the heads alone: frozen towers computed anew, and their features kept.
+    """Training the heads on frozen towers: recomputed in every step, or from cached features.
 
-    The loop that computes them anew runs a few steps and its rate stands for the epoch; the other runs whole epochs.
+    Recomputing is timed for `steps` steps, training from the cache for whole epochs.
     """
 
     def __init__(self, setup: Setup, images: int | None = None, steps: int = 2):
@@ -170,11 +158,11 @@ class HeadOnly:
         self.loader = build_loaders(table, self.model.tokenizer, "train", self.cfg)
         self.optimizer = build_optimizer(self.model, self.cfg)
         began = time.perf_counter()
-        self.kept = freeze_features(self.model, self.loader, self.cfg)
+        self.cached = freeze_features(self.model, self.loader, self.cfg)
         self.building = time.perf_counter() - began
         self.epochs = itertools.count()
         self._train(self.loader, 1)
-        seconds = self._train(self.kept, None)[1]
+        seconds = self._train(self.cached, None)[1]
         self.repeats = max(1, math.ceil(1 / seconds))
 
     def _train(self, loader, steps: int | None) -> tuple[float, float]:
@@ -185,10 +173,10 @@ class HeadOnly:
         return sum(step.images for step in done), time.perf_counter() - began
 
     def round(self) -> Figures:
-        epochs = [self._train(self.kept, None) for _ in range(self.repeats)]
+        epochs = [self._train(self.cached, None) for _ in range(self.repeats)]
         return {
-            "computed anew": self._train(self.loader, self.steps),
-            "kept": (sum(images for images, _ in epochs), sum(seconds for _, seconds in epochs)),
+            "recomputed": self._train(self.loader, self.steps),
+            "cached": (sum(images for images, _ in epochs), sum(seconds for _, seconds in epochs)),
         }
 
     def facts(self) -> dict[str, object]:

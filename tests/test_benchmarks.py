@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import classical
+from benchmarks import classical, contenders, groups
 from benchmarks.__main__ import Arguments, main
 from benchmarks.rounds import Child, paired_ratio, take_turns
-from benchmarks.rows import Row, arithmetic, reached, verdict
+from benchmarks.rows import NO_BF16, TRICKS, Row, arithmetic, reached, verdict
 from benchmarks.table import markdown
+from benchmarks.tricks import Peak
 from clip_scratch.errors import UserError
 from clip_scratch.models.build import build_model
 
@@ -52,19 +53,21 @@ def test_ratios_are_taken_within_rounds():
     assert (spread.median, spread.least, spread.greatest) == (4, 4, 5)
 
 
-def test_children_take_turns_and_say_facts():
+def test_children_take_turns_and_return_facts():
     builds = {"a": partial(Counting, 8), "b": partial(Counting, 2)}
     rounds, facts = take_turns(builds, 3, lambda line: None)
     assert rounds[2] == {"a": {"pairs": (8, 3)}, "b": {"pairs": (2, 3)}}
     assert facts["a"]["rounds"] == 3 and facts["a"]["peak_memory"] > 2**20
 
 
-@pytest.mark.parametrize("kind, message", [(Dying, "died .exit status 9."), (Failing, "failed: ValueError: no such")])
-def test_a_child_that_ends_is_one_clear_error(kind, message):
-    child = Child("poor fellow", partial(kind, 1))
+@pytest.mark.parametrize(
+    "contender, message", [(Dying, "died .exit status 9."), (Failing, "failed: ValueError: no such")]
+)
+def test_a_child_that_ends_is_one_clear_error(contender, message):
+    child = Child("doomed", partial(contender, 1))
     try:
         child.ready()
-        with pytest.raises(UserError, match=f"'poor fellow' {message}"):
+        with pytest.raises(UserError, match=f"'doomed' {message}"):
             child.round()
     finally:
         child.close()
@@ -72,15 +75,15 @@ def test_a_child_that_ends_is_one_clear_error(kind, message):
 
 
 @pytest.mark.parametrize(
-    "unit, value, said",
+    "unit, value, expected",
     [
         ("x", 4.0, "target reached"), ("x", 3.9, "gate reached"), ("x", 2.4, "below the gate"),
         ("s", 0.05, "target reached"), ("s", 0.2, "gate reached"), ("s", 0.3, "below the gate"),
     ],
 )  # fmt: skip
-def test_verdicts(unit, value, said):
+def test_verdicts(unit, value, expected):
     gate, target = (2.5, 4) if unit == "x" else (0.3, 0.1)
-    assert verdict(Row("g", "n", ("ours", "pairs"), None, gate, target, unit), value) == said
+    assert verdict(Row("g", "n", ("ours", "pairs"), None, gate, target, unit), value) == expected
 
 
 def test_table_names_gates_losses_and_what_was_left_out():
@@ -98,7 +101,7 @@ def test_table_names_gates_losses_and_what_was_left_out():
     text = markdown(results | {"environment": machine, "data": "made up", "seconds": 60})
     assert "| pairs | 5x | 8x | **4x** | 4x to 5x | below the gate |" in text
     assert "| absent | 1 | 2 | - |  | left out: no GPU |" in text
-    assert "Where we lose (below 1x): slow (0.25x)." in text and "Gates that were missed: pairs." in text
+    assert "Where we lose (below 1x): slow (0.25x)." in text and "Gates missed: pairs." in text
     assert "unseen" not in text
 
 
@@ -107,6 +110,39 @@ def test_mfu_by_hand():
     facts = {"ours": {"flops_a_step": 100, "captions_a_step": 32}}
     line = arithmetic({"training": {"rounds": rounds, "facts": facts}})[0]
     assert line["flops_a_second"] == 100 and line["mfu"] == 0.5  # one step a second, of 200 at the peak
+
+
+def test_mfu_without_bf16_is_a_share_of_the_fp32_peak():
+    rounds = [{"ours": {"pairs": (64, 2.0)}, "peak": {"fp32": (400.0, 1.0)}}]
+    facts = {"ours": {"flops_a_step": 100, "captions_a_step": 32}}
+    assert arithmetic({"training": {"rounds": rounds, "facts": facts}})[0]["mfu"] == 0.25
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_bf16_is_measured_only_where_the_processor_has_it(bf16, monkeypatch):
+    for module in (contenders, groups):
+        monkeypatch.setattr(module, "computes_in_bf16", lambda device: bf16)
+    setup = contenders.Setup("", "", "", matmul=8)
+    assert list(Peak(setup).variants) == ["fp32", "bf16"][: 1 + bf16]
+    builds = groups.contenders("tricks", setup, "")
+    assert ("image tower, stock allocator" in builds) == bf16
+    assert any(form.startswith("bf16") for form in builds["image tower"].args[-1]) == bf16
+    assert (groups.why_left_out("compile") == NO_BF16) == (not bf16)
+
+
+def test_rows_in_bf16_say_that_the_processor_has_none():
+    text = dict.fromkeys(("padded", "trimmed", "many", "many in chunks"), (1, 1))
+    image = {"fp32 channels_last": (3, 1), "fp32 contiguous": (2, 1)}
+    lines = reached(TRICKS, {"tricks": {"rounds": [{"image tower": image, "text tower": text}]}})
+    assert {line["name"]: line["left_out"] for line in lines if "left_out" in line} == dict.fromkeys(
+        (
+            "trick: allocator, image tower in bf16",
+            "trick: bf16, image tower",
+            "trick: channels_last, image tower in bf16",
+        ),
+        NO_BF16,
+    )
+    assert [line["reached"] for line in lines if "fp32" in line["name"]] == [1.5]
 
 
 def test_classical_loader_repeats_an_image_and_pads_to_the_longest(tiny_data, tiny_cfg):
@@ -138,8 +174,8 @@ def test_quick_run_writes_everything(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, said", [({"only": ["trainin"]}, "Did you mean training"), ({"rounds": 0}, "--rounds")]
+    "settings, message", [({"only": ["trainin"]}, "Did you mean training"), ({"rounds": 0}, "--rounds")]
 )
-def test_mistakes(settings, said, tmp_path):
-    with pytest.raises(UserError, match=said):
+def test_mistakes(settings, message, tmp_path):
+    with pytest.raises(UserError, match=message):
         main(Arguments(output_dir=str(tmp_path), **settings))
