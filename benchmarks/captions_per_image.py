@@ -1,10 +1,10 @@
-"""One, two or all captions of an image in a step: what each learns from equally many images, and in equal time.
+"""Recall with one, two or all captions of an image in a step, after equally many images and after equal time.
 
     python -m benchmarks.captions_per_image --captions-path data/flickr8k
 
-The `compact` pair from its published weights, frozen and its features kept as in the `speedrun` preset, or with
-`--preset compact` trained as there (minutes an epoch). A constant learning rate after a short warm-up and averaged
-weights, so that a run can be measured at any time. Validation is not counted.
+Trains heads on cached features of the frozen towers as in the `speedrun` preset, or the towers too with `--preset
+compact` (minutes per epoch). The learning rate is constant after a short warm-up and the weights are averaged, so a
+run can be measured at any time. Validation time is not counted.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ WARMUP = 15  # steps
 
 @dataclass
 class Arguments:
-    """Train with 1, 2 and all captions of an image in a step, and compare."""
+    """Compare training with 1, 2 and all captions of an image in a step."""
 
     captions_path: str  # the captions file or folder, as `train` takes it
     preset: str = "speedrun"  # speedrun: heads on frozen towers; compact: towers too
-    seconds: float = 8  # of training steps for each
+    seconds: float = 8  # of training steps per run
     cache_path: str = ""  # as `train` takes it
 
 
 def curve(table, cfg, seconds: float) -> list[dict[str, float]]:
-    """Train for `seconds` of steps: after each epoch the images, captions and seconds so far, and the recalls."""
+    """Train for `seconds` of steps: images, captions, seconds so far and recalls after each epoch."""
     torch.manual_seed(cfg.seed)
     model = build_model(cfg)
     cfg = model.cfg
@@ -62,7 +62,7 @@ def curve(table, cfg, seconds: float) -> list[dict[str, float]]:
 
 
 def main(arguments: Arguments) -> None:
-    """Print each curve, and a table at equal image passes and at equal time."""
+    """Print each curve, then a comparison at equal image passes and at equal time."""
     keep_freed_memory()
     changes = {"captions_path": arguments.captions_path, "cache_path": arguments.cache_path, "device": "cpu"}
     table = read_captions(PRESETS[arguments.preset](**changes))
@@ -78,7 +78,7 @@ def main(arguments: Arguments) -> None:
     passes = min(points[-1]["images"] for points in curves.values())
     seconds = min(points[-1]["seconds"] for points in curves.values())
     for what, limit, key in (("images", passes, "images"), ("seconds", seconds, "seconds")):
-        print(f"\nat {limit:,.0f} {what} or the last epoch before")
+        print(f"\nat {limit:,.0f} {what} (last epoch before that)")
         for name, points in curves.items():
             print(f"captions an image {name:>3}: {_line([p for p in points if p[key] <= limit][-1])}")
 

@@ -1,9 +1,9 @@
-"""The classical loop: a dual encoder trained the way the well-known tutorial does, in our own words.
+"""The classical loop: a dual encoder trained as in the well-known tutorial.
 
-Each row is one caption: its image is read with cv2.imread, resized and normalised by albumentations, so that an
-image with five captions is decoded and encoded five times an epoch. Captions are tokenised once and padded to the
-longest of the data set. fp32, contiguous tensors, plain AdamW with the tutorial's three learning rates, batches of
-32, no allocator setting. The loss is CLIP's, not the tutorial's own, which learns less (it would be a straw man).
+A row is a caption. Its image is read with cv2.imread, resized and normalised by albumentations, so an image with five
+captions is decoded and encoded five times per epoch. Captions are tokenised once and padded to the data set's longest.
+fp32, contiguous tensors, AdamW with the tutorial's three learning rates, batches of 32, no allocator setting. The loss
+is CLIP's; the tutorial's own loss learns less and would be a straw man.
 
     python -m benchmarks.classical --captions-path data/flickr8k --minutes 120
 """
@@ -31,7 +31,7 @@ BATCH_SIZE = 32
 
 
 class Rows(Dataset):
-    """One item per caption: float32 pixels (3, S, S) and ids and mask padded to the data set's longest caption."""
+    """One item per caption: float32 pixels (3, S, S), ids and mask padded to the data set's longest caption."""
 
     def __init__(self, table: pd.DataFrame, model: CLIPModel):
         import albumentations as A
@@ -70,7 +70,7 @@ def build_optimizer(model: CLIPModel) -> torch.optim.AdamW:
 
 
 def train_step(model: CLIPModel, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> float:
-    """One step on B rows: forward, CLIP's loss with row i's caption as the only positive of row i's image, AdamW."""
+    """One step on B rows; the only positive of image i is caption i."""
     images = F.normalize(model.image_projection(model.image_encoder(batch["pixels"])), dim=-1)  # (B, P)
     features = model.text_encoder(batch["input_ids"], batch["attention_mask"])
     texts = F.normalize(model.text_projection(features), dim=-1)  # (B, P)
@@ -84,11 +84,11 @@ def train_step(model: CLIPModel, batch: dict[str, torch.Tensor], optimizer: torc
 
 
 def train(
-    model: CLIPModel, loader: DataLoader, seconds: float, on_time: Callable[[float, int], bool], every: float
+    model: CLIPModel, loader: DataLoader, seconds: float, validate: Callable[[float, int], bool], every: float
 ) -> None:
-    """Train for `seconds` of steps; after every `every` seconds ask `on_time(seconds, pairs)` whether to stop."""
+    """Train for `seconds` of steps; `validate(seconds, pairs)` is called every `every` seconds and may stop it."""
     optimizer = build_optimizer(model)
-    spent, pairs, asked = 0.0, 0, 0.0
+    spent, pairs, validated = 0.0, 0, 0.0
     began = time.perf_counter()
     while spent < seconds:
         model.train()
@@ -96,9 +96,9 @@ def train(
             train_step(model, batch, optimizer)
             pairs += len(batch["pixels"])
             spent += time.perf_counter() - began
-            if spent - asked >= every or spent >= seconds:
-                asked = spent
-                if on_time(spent, pairs) or spent >= seconds:
+            if spent - validated >= every or spent >= seconds:
+                validated = spent
+                if validate(spent, pairs) or spent >= seconds:
                     return
                 model.train()
             began = time.perf_counter()
@@ -106,18 +106,18 @@ def train(
 
 @dataclass
 class Arguments:
-    """Train the compact pair with the classical loop, and see how far it gets."""
+    """Train the compact encoders with the classical loop and report recall over time."""
 
     captions_path: str  # the captions file or folder, as `train` takes it
-    minutes: float = 120  # of training steps, validation not counted
+    minutes: float = 120  # of training steps, without validation
     every: float = 5  # minutes between validations
     target: float = 60  # text-to-image R@10 on the validation images, in percent, at which to stop
     num_workers: int = 2  # processes that decode
-    json: str = ""  # append the figures to this file, a line a validation
+    json: str = ""  # file to which each validation appends a line
 
 
 def main(arguments: Arguments) -> None:
-    """Print, and write where asked, the recall after every so many minutes."""
+    """Print the recall every `every` minutes, and append it to `json`."""
     from clip_scratch.config import PRESETS
     from clip_scratch.data.captions import read_captions, split_of
     from clip_scratch.data.loaders import build_loaders
@@ -133,7 +133,7 @@ def main(arguments: Arguments) -> None:
     model = CLIPModel(cfg)
     valid = build_loaders(split_of(table, "valid", cfg.captions_path), model.tokenizer, "valid", cfg)
 
-    def on_time(seconds: float, pairs: int) -> bool:
+    def validate(seconds: float, pairs: int) -> bool:
         line = {"seconds": seconds, "pairs": pairs, **valid_epoch(model, valid, cfg)}
         recall = 100 * line["image_retrieval_recall@10"]
         print(f"{seconds / 60:6.1f} min  {pairs:>7,} pairs  {pairs / seconds:5.1f} pairs/s  t2i R@10 {recall:.1f}  "
@@ -144,10 +144,12 @@ def main(arguments: Arguments) -> None:
         return recall >= arguments.target
 
     loader = build_loader(split_of(table, "train", cfg.captions_path), model, arguments.num_workers)
-    train(model, loader, 60 * arguments.minutes, on_time, 60 * arguments.every)
+    train(model, loader, 60 * arguments.minutes, validate, 60 * arguments.every)
 
 
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Arguments, prog="python -m benchmarks.classical"))
+    from clip_scratch.errors import run_command
+
+    run_command(lambda: main(tyro.cli(Arguments, prog="python -m benchmarks.classical")))

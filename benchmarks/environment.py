@@ -1,4 +1,4 @@
-"""What the figures depend on: processor, memory, system, versions, threads, commit, date."""
+"""What the figures depend on: processor, memory, system, versions, threads, commit and date."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16
 
 
 def environment() -> dict[str, object]:
-    """The machine and the software, in words and numbers."""
+    """Describe the machine and the software."""
     import torch
 
     model, flags = _processor()
@@ -46,7 +46,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> tuple[str, list[str]]:
-    """The processor's name and those of its flags that matter here, as far as the system tells."""
+    """The processor's name and its relevant flags, where the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -65,17 +65,9 @@ def _memory() -> int | None:
 
 
 def _commit() -> str | None:
-    """The commit that is checked out, with + where files differ from it."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
+    """The checked-out commit, with + for local changes; None outside a git checkout."""
+    options = ("--always", "--dirty=+", "--abbrev=12", "--exclude=*")
+    command = ["git", "-C", str(Path(__file__).parent), "describe", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

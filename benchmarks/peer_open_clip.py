@@ -1,11 +1,11 @@
-"""The peer: open_clip's own training function on the same images and captions, in the precision that we use.
+"""The peer: open_clip's own training function on the same images and captions, in the same precision.
 
-Its models, its CSV data set and its `train_one_epoch`, as `python -m open_clip_train.main` puts them together; only
-the checkpoints, the logs and the end of the program are left out, so that it can be asked for a round at a time.
+Its models, CSV data set and `train_one_epoch`, set up as in `python -m open_clip_train.main`, without checkpoints and
+logs. A row is a caption.
 
-It cannot build DistilBERT (its adapter knows no such configuration and asks every tower for a pooling layer), so its
-text tower is a BERT of DistilBERT's size: 6 layers of 768 dimensions, 12 heads. Captions are padded to the data set's
-longest, not to open_clip's 77 tokens, which would be slower. One caption a row, as it has it.
+open_clip cannot build DistilBERT (its adapter does not know that configuration), so the text tower is a BERT of the
+same size: 6 layers of 768 dimensions, 12 heads. Captions are padded to the data set's longest, which is faster than
+open_clip's 77 tokens.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _NAME = "clip_scratch_peer"
 
 
 def is_installed() -> bool:
-    """Whether open_clip and what its training program needs can be imported."""
+    """Whether open_clip and the packages that its training needs are installed."""
     return all(importlib.util.find_spec(name) for name in ("open_clip", "open_clip_train", "webdataset"))
 
 
 def _write_config(setup: Setup, folder: Path) -> tuple[str, Path]:
-    """Write the text tower, its tokenizer, the model's configuration and the CSV; the precision's name and the CSV."""
+    """Write text tower, tokenizer, model configuration and CSV; return open_clip's precision and the CSV's path."""
     from transformers import AutoConfig
 
     cfg = setup.cfg()
@@ -62,7 +62,7 @@ def _write_config(setup: Setup, folder: Path) -> tuple[str, Path]:
 
 
 class OpenClip:
-    """open_clip trains the same towers; the better of 0 and 2 workers."""
+    """open_clip on the same towers, with the faster of 0 and 2 workers."""
 
     def __init__(self, setup: Setup, folder: str, keep_memory: bool = False):
         import open_clip
@@ -77,8 +77,8 @@ class OpenClip:
         arguments = ["--model", _NAME, "--precision", precision, "--device", "cpu", "--dataset-type", "csv"]
         arguments += ["--train-data", str(self.csv), "--batch-size", str(setup.batch_size), "--skip-scheduler"]
         self.args = parse_args(arguments)
-        init_distributed_device(self.args)  # sets rank and world size in `args`
-        self.args.distill = self.args.wandb = False  # as its `main` does where neither is asked for
+        init_distributed_device(self.args)  # sets rank and world size
+        self.args.distill = self.args.wandb = False  # as in its `main`
         self.model, self.preprocess, _ = open_clip.create_model_and_transforms(
             _NAME, precision=precision, device="cpu", pretrained_text=False, pretrained_image=False, output_dict=True
         )
@@ -95,7 +95,7 @@ class OpenClip:
         from open_clip_train.data import get_data
         from open_clip_train.train import train_one_epoch
 
-        # Its epoch ends with the CSV, and a round is an epoch: each has a CSV of as many rows as it has steps
+        # A round is an epoch, so its CSV has as many rows as the round has pairs
         pairs = steps * self.args.batch_size
         part = self.csv.with_name("round.csv")
         pd.read_csv(self.csv, sep="\t").sample(pairs).to_csv(part, sep="\t", index=False)
@@ -115,7 +115,7 @@ class OpenClip:
 
 
 def _optimizer(model: torch.nn.Module, args) -> torch.optim.AdamW:
-    """AdamW as its `main` builds it: no decay of norms, biases and the temperature."""
+    """AdamW as in its `main`: no weight decay for norms, biases and the temperature."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": args.wd}]

@@ -1,6 +1,6 @@
 """Exact search for one query: ExactSearch against NumPy and torch on 8,000, 100,000 and a million unit vectors.
 
-The time is of the search alone, with the query's embedding at hand; recall is against a full scan in float64.
+Times are of the search alone, not of encoding the query; recall is against a full scan in float64.
 
     python -m benchmarks.search
 """
@@ -22,21 +22,21 @@ K = 10
 QUERIES = 20
 
 
-def by_numpy(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """The K best rows as is usual: a product in float32, a partition, a sort of the few."""
+def search_numpy(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The K best rows in plain NumPy: a product in float32, a partition, a sort of K."""
     scores = rows @ query
     best = np.argpartition(-scores, K)[:K]
     return best[np.argsort(-scores[best])]
 
 
-def by_float64(rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+def search_float64(rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """The K best rows of each query in float64, (Q, K)."""
     scores = torch.cat([part.double() @ queries.double().T for part in rows.split(50_000)])  # (N, Q)
     return scores.T.topk(K).indices
 
 
 def milliseconds(search: Callable[[torch.Tensor], object], queries: torch.Tensor, calls: int) -> float:
-    """The median time of a call, each with the next query, after one to warm up."""
+    """Median time of a call, each with the next query, after one warm-up call."""
     search(queries[:1])
     times = []
     for _, i in zip(range(calls), cycle(range(len(queries))), strict=False):
@@ -60,9 +60,9 @@ def measure() -> list[dict]:
         prepare = time.perf_counter() - began
         calls = min(100, max(11, 4_000_000 // n))
         ms = milliseconds(lambda query, search=search: search.search(query, K), queries, calls)
-        numpy_ms = milliseconds(lambda query, rows=rows: by_numpy(rows.numpy(), query[0].numpy()), queries, calls)
+        numpy_ms = milliseconds(lambda query, rows=rows: search_numpy(rows.numpy(), query[0].numpy()), queries, calls)
         torch_ms = milliseconds(lambda query, rows=rows: torch.topk(query @ rows.T, K), queries, calls)
-        found, right = search.search(queries, K)[1], by_float64(rows, queries)
+        found, right = search.search(queries, K)[1], search_float64(rows, queries)
         recall = np.mean([len({*a} & {*b}) / K for a, b in zip(found.tolist(), right.tolist(), strict=True)])
         results.append({"rows": n, "ms": ms, "numpy_ms": numpy_ms, "torch_ms": torch_ms, "ratio": numpy_ms / ms,
                         "recall": float(recall), "prepare_s": prepare})  # fmt: skip
