@@ -18,9 +18,9 @@ from clip_scratch.config import PRESETS
 from clip_scratch.data.captions import read_captions, split_of
 from clip_scratch.data.loaders import build_loaders
 from clip_scratch.models.build import build_model
-from clip_scratch.training.device import keep_freed_memory
+from clip_scratch.device import keep_freed_memory
 from clip_scratch.training.engine import train_epoch, valid_epoch
-from clip_scratch.training.frozen_cache import freeze_features
+from clip_scratch.training.cached_features import freeze_features
 from clip_scratch.training.optimizer import build_average, build_optimizer
 
 WARMUP = 15  # steps

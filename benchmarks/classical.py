@@ -49,7 +49,7 @@ class Rows(Dataset):
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         image = cv2.cvtColor(cv2.imread(self.paths[row]), cv2.COLOR_BGR2RGB)
         pixels = torch.tensor(self.transform(image=image)["image"]).permute(2, 0, 1).float()
-        return {"pixels": pixels, "input_ids": self.input_ids[row], "attention_mask": self.attention_mask[row]}
+        return {"pixel_values": pixels, "input_ids": self.input_ids[row], "attention_mask": self.attention_mask[row]}
 
 
 def build_loader(table: pd.DataFrame, model: CLIPModel, num_workers: int, batch_size: int = BATCH_SIZE) -> DataLoader:
@@ -71,7 +71,7 @@ def build_optimizer(model: CLIPModel) -> torch.optim.AdamW:
 
 def train_step(model: CLIPModel, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> float:
     """One step on B rows; the only positive of image i is caption i."""
-    images = F.normalize(model.image_projection(model.image_encoder(batch["pixels"])), dim=-1)  # (B, P)
+    images = F.normalize(model.image_projection(model.image_encoder(batch["pixel_values"])), dim=-1)  # (B, P)
     features = model.text_encoder(batch["input_ids"], batch["attention_mask"])
     texts = F.normalize(model.text_projection(features), dim=-1)  # (B, P)
     logits = model.log_scale.exp() * images @ texts.T
@@ -94,7 +94,7 @@ def train(
         model.train()
         for batch in loader:
             train_step(model, batch, optimizer)
-            pairs += len(batch["pixels"])
+            pairs += len(batch["pixel_values"])
             spent += time.perf_counter() - began
             if spent - validated >= every or spent >= seconds:
                 validated = spent
@@ -124,7 +124,7 @@ def main(arguments: Arguments) -> None:
     from clip_scratch.training.engine import valid_epoch
 
     cfg = PRESETS["compact"](
-        captions_path=arguments.captions_path, image_freezing="full", freeze_batch_norm=False, image_dropout=0.0,
+        captions_path=arguments.captions_path, image_freeze="full", freeze_batch_norm=False, image_dropout=0.0,
         text_dropout=0.0, image_precision="same", head="mlp", temperature=0.07, precision="fp32", channels_last=False,
         device="cpu",
     )  # fmt: skip

@@ -20,7 +20,7 @@ from clip_scratch.data.captions import read_captions, split_of
 from clip_scratch.data.loaders import Batch, build_loaders
 from clip_scratch.models.build import build_model
 from clip_scratch.training import engine
-from clip_scratch.training.device import computes_in_bf16, keep_freed_memory
+from clip_scratch.device import computes_in_bf16, keep_freed_memory
 from clip_scratch.training.engine import loss_of, to_device, train_epoch
 from clip_scratch.training.optimizer import build_optimizer
 
@@ -100,7 +100,7 @@ class Classical:
         pairs = 0
         for batch in itertools.islice(batches, steps):
             classical.train_step(self.model, batch, self.optimizer)
-            pairs += len(batch["pixels"])
+            pairs += len(batch["pixel_values"])
         return pairs, time.perf_counter() - began
 
     def round(self) -> Figures:
@@ -230,7 +230,7 @@ class ClassicalLoader:
         batches = iter(self.loaders[workers])
         next(batches)  # starts the workers
         began = time.perf_counter()
-        images = sum(len(batch["pixels"]) for batch in batches)
+        images = sum(len(batch["pixel_values"]) for batch in batches)
         return images, time.perf_counter() - began
 
     def round(self) -> Figures:
@@ -261,7 +261,7 @@ class OurLoader:
         for batch in self.loader:
             images += len(batch["image_ids"])
             if normalise:
-                self.model.normalise(batch["pixels"])
+                self.model.normalise(batch["pixel_values"])
         return images, time.perf_counter() - began
 
     def round(self) -> Figures:

@@ -21,7 +21,7 @@ import torch
 
 from clip_scratch.data.captions import image_folder
 from clip_scratch.data.tokenizer import build_tokenizer, tokenize
-from clip_scratch.training.device import keep_freed_memory
+from clip_scratch.device import keep_freed_memory
 
 from .contenders import Setup, train_table
 from .rounds import Figures

@@ -18,7 +18,7 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.data.tokenizer import tokenize
 from clip_scratch.models.build import build_model
 from clip_scratch.models.encoders import ImageEncoder
-from clip_scratch.training.device import keep_freed_memory
+from clip_scratch.device import keep_freed_memory
 from clip_scratch.training.engine import train_epoch
 from clip_scratch.training.optimizer import build_optimizer
 
@@ -147,10 +147,10 @@ class HeadOnly:
     """
 
     def __init__(self, setup: Setup, images: int | None = None, steps: int = 2):
-        from clip_scratch.training.frozen_cache import freeze_features
+        from clip_scratch.training.cached_features import freeze_features
 
         keep_freed_memory()
-        cfg = setup.cfg(image_freezing="heads", text_freezing="heads", frozen_views=1, batch_size=200)
+        cfg = setup.cfg(image_freeze="heads", text_freeze="heads", cached_views=1, batch_size=200)
         table = train_table(cfg, images)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, table["caption"].tolist())

@@ -7,7 +7,7 @@ import importlib
 # Names are looked up when they are first used, so that `import clip_scratch` loads no heavy library.
 _HOME = {
     "CFG": "config",
-    "PRESETS": "config",
+    "PRESETS": "presets",
     "UserError": "errors",
     "CLIPModel": "models.clip",
     "ProjectionHead": "models.clip",
@@ -19,7 +19,7 @@ _HOME = {
     "contrastive_loss": "training.losses",
     "train_epoch": "training.engine",
     "valid_epoch": "training.engine",
-    "load": "training.checkpoint",
+    "load": "models.saved",
     "recall_at_k": "evaluation.retrieval",
     "classify": "evaluation.zero_shot",
     "compare": "evaluation.comparison",

@@ -1,73 +1,77 @@
-"""The command line of `train` as settings: a preset word, --SETTING VALUE, or the settings of a run to go on with."""
+"""The command line of `train` and `sweep`: a preset, --SETTING VALUE, or the settings of a run to resume."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import inspect
+import re
 from collections.abc import Sequence
+from typing import Annotated
 
-from .config import CFG, PRESETS
+from .config import CFG
 from .errors import UserError, suggest
-
-# What may change when a run goes on: none of it touches the weights' shapes, the data or the order of batches.
-_FREE_ON_RESUME = {
-    "resume", "run_dir", "device", "num_workers", "checkpoint_steps", "on_bad_image", "image_cache", "cache_path",
-}  # fmt: skip
+from .presets import PRESETS
 
 
-def resumed(cfg: CFG, defaults: CFG | type[CFG] = CFG) -> CFG:
-    """The settings of the run `cfg.resume`, with what `cfg` may change of them.
+def parse(arguments: Sequence[str], prog: str = "python -m clip_scratch.train") -> CFG:
+    """The command line as settings: an optional preset, then --SETTING VALUE.
 
-    A setting that `cfg` leaves as it is in `defaults` is the run's own. Raises UserError for one that a resume
-    cannot change, and for a folder that is no run. What comes out may go in again.
+    With --resume the run's own settings are the defaults. Raises UserError for an unknown preset and for a setting
+    that a resumed run cannot change.
     """
-    from .training.checkpoint import run_config
-
-    settings = dataclasses.asdict(run_config(cfg.resume))
-    complete = cfg.run_dir == cfg.resume  # as this function leaves it: nothing is left to a default
-    for name, was in settings.items():
-        wanted = getattr(cfg, name)
-        if name in _FREE_ON_RESUME:
-            settings[name] = wanted if complete or wanted != getattr(defaults, name) else was
-        elif wanted not in (was, getattr(defaults, name)):
-            raise UserError(f"{cfg.resume} was trained with {name}={was!r}; a resume cannot make it {wanted!r}")
-    return CFG(**settings | {"run_dir": cfg.resume, "resume": cfg.resume})
-
-
-def parse(arguments: Sequence[str]) -> CFG:
-    """The command line as settings: an optional preset word, then --SETTING VALUE.
-
-    With --resume the run's own settings are the defaults. Raises UserError for an unknown preset and for a
-    setting that a resumed run cannot change.
-    """
-    import tyro
-
     words = list(arguments)
-    given = {word.partition("=")[0].replace("_", "-") for word in words}  # tyro takes --captions_path as well
+    given = {word.partition("=")[0].replace("_", "-") for word in words}  # tyro accepts --captions_path too
     preset = CFG if given & {"--captions-path", "--resume"} else PRESETS["scenes"]
     if words and not words[0].startswith("-"):
         name = words.pop(0)
         if name not in PRESETS:
-            raise UserError(f"no preset is called {name!r}: {', '.join(PRESETS)}.{suggest(name, PRESETS)}")
+            raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)}.{suggest(name, PRESETS)}")
         preset = PRESETS[name]
-    default = preset()
     folder = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--resume"), "")
     folder = next((word.partition("=")[2] for word in words if word.startswith("--resume=")), folder)
-    if folder:
-        from .training.checkpoint import run_config
+    if not folder:
+        return preset(**_settings(words, preset(), preset.__doc__, prog))
 
-        preset, default = CFG, dataclasses.replace(run_config(folder), resume=folder)
-    presets = "\n".join(f"  {name:<10} {cls.__doc__.splitlines()[0]}" for name, cls in PRESETS.items())
-    cfg = tyro.cli(
-        preset,
-        default=default,
-        args=words,
-        prog="python -m clip_scratch.train [PRESET]",
-        description=f"{preset.__doc__}\n\nPresets, as the first word:\n{presets}",
+    from .models.saved import run_config
+    from .training.run import resumed
+
+    default = dataclasses.replace(run_config(folder), resume=folder)
+    return resumed(CFG(**_settings(words, default, CFG.__doc__, prog)), default)
+
+
+def _settings(words: Sequence[str], default: CFG, doc: str, prog: str) -> dict[str, object]:
+    """All settings as the words of a command line change `default`; --help groups them by topic."""
+    import tyro
+
+    topics = []
+    for topic, fields in _topics().items():
+        settings = [
+            (name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=getattr(default, name)))
+            for name, kind, text in fields
+        ]
+        topics.append((topic, dataclasses.make_dataclass(topic, settings)))
+    nested = dataclasses.make_dataclass(
+        "Settings", [(name, cls, dataclasses.field(default_factory=cls)) for name, cls in topics]
     )
-    if folder:
-        return resumed(cfg, default)
-    if not cfg.run_dir:
-        name = next((name for name, cls in PRESETS.items() if cls is preset), "run")
-        cfg = dataclasses.replace(cfg, run_dir=f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return cfg
+    presets = "\n".join(f"  {name:<15} {cls.__doc__.splitlines()[0]}" for name, cls in PRESETS.items())
+    parsed = tyro.cli(
+        nested,
+        args=words,
+        prog=f"{prog} [PRESET]",
+        description=f"{doc}\n\nPresets, as the first word:\n{presets}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return {name: value for topic, _ in topics for name, value in vars(getattr(parsed, topic)).items()}
+
+
+def _topics() -> dict[str, list[tuple[str, type, str]]]:
+    """(name, type, comment) of every setting, by the comment lines that head them in config.py."""
+    from typing import get_type_hints
+
+    kinds, topics = get_type_hints(CFG), {}
+    for line in inspect.getsource(CFG).splitlines():
+        if topic := re.fullmatch(r"    # (\w+)", line):
+            fields = topics.setdefault(topic[1].lower(), [])
+        elif setting := re.fullmatch(r"    (\w+): .*?  # (.*)", line):
+            fields.append((setting[1], kinds[setting[1]], setting[2]))
+    return topics

@@ -25,11 +25,11 @@ def evaluate(
     splits all images are measured, and `split` is "all". Raises UserError for a folder that is no run, a split
     without images and a device that is not there.
     """
+    from ..device import pick_device
     from .config import CFG
-    from .evaluation.comparison import measure
+    from .evaluation.measure import measure
     from .evaluation.sample import captions_for, count_ambiguous, part_of
-    from .training.checkpoint import load
-    from .training.device import pick_device
+    from .models.saved import load
 
     model = load(run, str(pick_device(CFG(device=device))))
     cfg, table = captions_for(model.cfg, captions_path, image_path)
@@ -62,9 +62,9 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Print the figures that were asked for, and write them to files where asked."""
+    from ..device import pick_device
     from .config import CFG
-    from .training.checkpoint import write_json
-    from .training.device import pick_device
+    from .files import write_json
 
     _check(arguments)
     device = str(pick_device(CFG(device=arguments.device)))
@@ -145,7 +145,7 @@ def _recall(arguments: Arguments, device: str) -> dict[str, object]:
 
 def _compare(arguments: Arguments, device: str) -> None:
     from .evaluation.comparison import compare
-    from .training.checkpoint import write_atomically
+    from .files import write_atomically
 
     runs = [*([arguments.run] if arguments.run else []), *arguments.compare]
     comparison = compare(runs, arguments.split, arguments.captions_path, arguments.image_path, device)
@@ -159,7 +159,7 @@ def _compare(arguments: Arguments, device: str) -> None:
 
 def _classification(arguments: Arguments, device: str) -> dict[str, object]:
     """The figures of --zero-shot and of --linear-probe; one below the other's name where both are asked for."""
-    from .training.checkpoint import load
+    from .models.saved import load
 
     model = load(arguments.run, device)
     results = {}

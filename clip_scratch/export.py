@@ -38,14 +38,14 @@ def export(
     folder that is no run, a model that transformers' classes cannot express, a `folder` that is in use, and a device
     that is not there.
     """
+    from ..device import pick_device
     from .config import CFG
     from .data.captions import check_images, image_folder, read_captions, split_of
     from .data.loaders import build_loaders
     from .evaluation.retrieval import recall_at_k
-    from .models.dual_encoder_export import check_expressible
-    from .training.checkpoint import load
-    from .training.device import pick_device
-    from .training.engine import embed
+    from .exporting.dual_encoder import check_expressible
+    from .models.saved import load
+    from .retrieval.embed import embed_batches
 
     model = load(run, str(pick_device(CFG(device=device))))
     if model.cfg.backend == "from_scratch":
@@ -64,9 +64,9 @@ def export(
             train = check_images(train.iloc[:: -(-len(train) // _FEATURES)], images, cfg.on_bad_image)
             _write_dual_encoder(model, build_loaders(train, model.tokenizer, "valid", cfg), unfinished)
         _write_preprocessing(model, unfinished)
-        before = embed(model, build_loaders(valid, model.tokenizer, "valid", cfg), cfg)
+        before = embed_batches(model, build_loaders(valid, model.tokenizer, "valid", cfg))
         written = _read_back(model, unfinished)
-        after = embed(written, build_loaders(valid, written.tokenizer, "valid", cfg), cfg)
+        after = embed_batches(written, build_loaders(valid, written.tokenizer, "valid", cfg))
     return {
         "run": recall_at_k(*before),
         "folder": recall_at_k(*after),
@@ -110,17 +110,17 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 def _write_dual_encoder(model: CLIPModel, loader, folder: Path) -> None:
     import torch
 
-    from .models.dual_encoder_export import to_dual_encoder
+    from .exporting.dual_encoder import to_dual_encoder
 
     with torch.inference_mode():
-        pixels = (batch["pixels"].to(model.device) for batch in loader)
+        pixels = (batch["pixel_values"].to(model.device) for batch in loader)
         features = torch.cat([model.image_encoder((p - model.mean) / model.std).cpu() for p in pixels])  # (N, D)
     with no_loading_bar():
         to_dual_encoder(model, features.clone()).save_pretrained(folder)
 
 
 def _write_preprocessing(model: DualEncoder, folder: Path) -> None:
-    from .models.dual_encoder_export import image_processor
+    from .exporting.dual_encoder import image_processor
 
     model.tokenizer.save_pretrained(folder)
     image_processor(model).save_pretrained(folder)
@@ -133,7 +133,7 @@ def _read_back(model: DualEncoder, folder: Path) -> torch.nn.Module:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    from .models.dual_encoder_export import ExportedModel
+    from .exporting.dual_encoder import ExportedModel
 
     if model.cfg.backend == "from_scratch":
         return ExportedModel(folder, model.mean, model.std).eval()
@@ -158,8 +158,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Write the folder, and print how true to the run it is."""
+    from ..device import keep_freed_memory, pick_device
     from .config import CFG
-    from .training.device import keep_freed_memory, pick_device
 
     device = pick_device(CFG(device=arguments.device))
     keep_freed_memory()

@@ -37,7 +37,7 @@ def scenes(n: int = 10_000, out: str = "data/scenes", seed: int = 42, workers: i
         seed: another seed gives other scenes.
         workers: processes; by default one a core.
     """
-    from .data.scenes import write_scenes
+    from .data.scenes.write import write_scenes
 
     rate = write_scenes(out, n, seed, workers)
     print(f"{n:,} images and {5 * n:,} captions in {out} ({rate:,.0f} pairs per second)")

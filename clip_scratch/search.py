@@ -36,9 +36,9 @@ def images_below(folder: Path) -> list[str]:
 def main(arguments: Arguments) -> None:
     """Print the best matches with their cosine scores, and draw them where asked."""
     from .data.captions import image_folder, read_captions, split_of
+    from .models.saved import load
     from .retrieval.embed import encode_image
     from .retrieval.matches import find_captions, find_matches
-    from .training.checkpoint import load
 
     model = load(arguments.run)
     if Path(arguments.query).suffix.lower() in _ENDINGS:

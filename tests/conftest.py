@@ -61,7 +61,7 @@ def flickr8k():
 @pytest.fixture
 def plain(monkeypatch):
     """No pictures: they take most of the time of so small a run."""
-    import clip_scratch.report as report
+    import clip_scratch.training.report as report
 
     monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
     monkeypatch.setattr(report, "report_run", lambda *_: None)

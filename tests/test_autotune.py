@@ -9,7 +9,7 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.training import autotune
 from clip_scratch.training.autotune import tune
-from clip_scratch.training.device import computes_in_bf16
+from clip_scratch.device import computes_in_bf16
 from clip_scratch.training.engine import autocast, loss_of
 
 HAS_BF16 = computes_in_bf16(torch.device("cpu"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import clip_scratch.report as report
+import clip_scratch.training.report as report
 import clip_scratch.train as train
 from clip_scratch import CFG, evaluate, search
 from clip_scratch.cli import parse
@@ -270,14 +270,14 @@ def tune_refused(refused, tiny_data, hf_clip, tmp_path):
 
 
 def test_freezing_that_does_not_fit(tune_refused, train_refused, monkeypatch):
-    assert "image_freezing first:40: the tower has 3 blocks" in tune_refused("--image-freezing", "first:40")
-    assert "text_freezing last:4: the tower has 3 blocks" in tune_refused("--text-freezing", "last:4")
-    both = "--image-freezing", "frozen", "--text-freezing", "frozen"
+    assert "image_freeze first:40: the tower has 3 blocks" in tune_refused("--image-freeze", "first:40")
+    assert "text_freeze last:4: the tower has 3 blocks" in tune_refused("--text-freeze", "last:4")
+    both = "--image-freeze", "frozen", "--text-freeze", "frozen"
     assert "nothing to train" in tune_refused(*both) and "nothing to train" in train_refused(*both)
-    assert "image_freezing first:40: the tower has 4 blocks" in train_refused("--image-freezing", "first:40")
+    assert "image_freeze first:40: the tower has 4 blocks" in train_refused("--image-freeze", "first:40")
     monkeypatch.setitem(sys.modules, "peft", None)
     for refused_by in (tune_refused, train_refused):
-        assert "pip install 'clip_scratch[lora]'" in refused_by("--text-freezing", "lora")
+        assert "pip install 'clip_scratch[lora]'" in refused_by("--text-freeze", "lora")
 
 
 def test_what_needs_a_pretrained_clip(train_refused):

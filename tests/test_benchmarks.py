@@ -153,7 +153,7 @@ def test_classical_loader_repeats_an_image_and_pads_to_the_longest(tiny_data, ti
     of_one = [row for row in range(len(table)) if table["image"][row] == "04.png"]
     assert len(of_one) == 5
     first, *others = (rows[row] for row in of_one)
-    assert all(torch.equal(first["pixels"], other["pixels"]) for other in others)
+    assert all(torch.equal(first["pixel_values"], other["pixel_values"]) for other in others)
     longest = max(len(ids) for ids in model.tokenizer(table["caption"].tolist())["input_ids"])
     assert {len(item["input_ids"]) for item in (first, *others)} == {min(longest, tiny_cfg.max_length)}
 

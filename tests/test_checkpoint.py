@@ -97,7 +97,7 @@ def test_best_round_trip(saved):
     [
         {"loss": "sigmoid"},
         {"head": "linear", "text_pooling": "mean", "ema": 0.9},
-        {"image_freezing": "first:1", "freeze_batch_norm": True, "image_precision": "fp32", "channels_last": False},
+        {"image_freeze": "first:1", "freeze_batch_norm": True, "image_precision": "fp32", "channels_last": False},
         {"model_name": "vit_tiny_patch16_224", "image_trainable": False},
     ],
 )
@@ -107,7 +107,7 @@ def test_every_kind_of_model_is_rebuilt(tiny_cfg, tiny_tokenizer, tmp_path, sett
     checkpoint.prepare_best(tmp_path, model, cfg)
     checkpoint.save_best(tmp_path, model, 1, {})
     batch = {
-        "pixels": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
+        "pixel_values": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
         "input_ids": torch.randint(5, 20, (2, 6)),
         "attention_mask": torch.ones(2, 6, dtype=torch.long),
     }

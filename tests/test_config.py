@@ -260,7 +260,7 @@ def test_suggest():
 # ---- the forms of freezing and of WiSE-FT
 
 
-@pytest.mark.parametrize("name", ["image_freezing", "text_freezing"])
+@pytest.mark.parametrize("name", ["image_freeze", "text_freeze"])
 def test_freezing_is_one_vocabulary(name):
     for value in ("frozen", "heads", "full", "lora", "first:0", "first:6", "last:1", "last:12"):
         assert getattr(CFG(**{name: value}), name) == value
@@ -288,8 +288,8 @@ def test_size_0_leaves_it_to_the_model():
 def test_a_recipe_on_the_command_line(name):
     from clip_scratch.cli import parse
 
-    cfg = parse([name, "--accumulation", "4", "--text-freezing", "lora", "--wise-ft", "auto", "--ema", "0.99"])
-    assert (cfg.backend, cfg.accumulation, cfg.text_freezing, cfg.wise_ft) == ("hf_clip", 4, "lora", "auto")
+    cfg = parse([name, "--accumulation", "4", "--text-freeze", "lora", "--wise-ft", "auto", "--ema", "0.99"])
+    assert (cfg.backend, cfg.accumulation, cfg.text_freeze, cfg.wise_ft) == ("hf_clip", 4, "lora", "auto")
     assert cfg.run_dir.startswith(f"runs/{name}-") and cfg.early_stopping > 0
     settings = dataclasses.asdict(cfg)
     assert dataclasses.asdict(CFG(**settings)) == settings

@@ -57,7 +57,7 @@ def batch(tiny_tokenizer):
     said = ["a picture of a red box", "blue", "green box", "there is a yellow square in the left half of this picture"]
     encoded = tiny_tokenizer(said, padding=True, return_tensors="pt")
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    return {"pixels": pixels, "input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+    return {"pixel_values": pixels, "input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
 # ---- image tower
@@ -286,7 +286,7 @@ def image_tower(tiny_cfg, tiny_tokenizer, **settings) -> torch.nn.Module:
 
 
 def test_the_first_blocks_can_stay_as_they_are(tiny_cfg, tiny_tokenizer):
-    tower = image_tower(tiny_cfg, tiny_tokenizer, image_freezing="first:1")
+    tower = image_tower(tiny_cfg, tiny_tokenizer, image_freeze="first:1")
     trains = {name for name, p in tower.named_parameters() if p.requires_grad}
     assert trains and all(name.startswith(("layer2", "layer3", "layer4")) for name in trains)
     before = copy.deepcopy(tower.state_dict())
@@ -304,7 +304,7 @@ def test_batch_norm_statistics_can_stay_while_the_weights_learn(tiny_cfg, tiny_t
 
 
 def test_the_part_that_trains_computes_in_fp32_and_a_copy_is_its_own(tiny_cfg, tiny_tokenizer):
-    tower = image_tower(tiny_cfg, tiny_tokenizer, image_freezing="first:1").eval()
+    tower = image_tower(tiny_cfg, tiny_tokenizer, image_freeze="first:1").eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         full = tower(x)
@@ -341,7 +341,7 @@ def test_embeddings_are_normalised(model, batch):
         assert images.shape == texts.shape == (4, 32)
         for embeddings in (images, texts):
             torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(4))
-    assert torch.equal(images, model.encode_image(batch["pixels"]))
+    assert torch.equal(images, model.encode_image(batch["pixel_values"]))
     assert torch.equal(texts, model.encode_text(batch["input_ids"], batch["attention_mask"]))
 
 
@@ -356,15 +356,15 @@ def test_captions_in_chunks_of_like_length(model, batch, monkeypatch):
 def test_bytes_are_normalised_and_floats_taken_as_they_are(model, batch):
     model.eval()
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.image_encoder.mean, model.image_encoder.std))
-    floats = (batch["pixels"].float() / 255 - mean) / std
-    torch.testing.assert_close(model.encode_image(batch["pixels"]), model.encode_image(floats), atol=1e-5, rtol=1e-4)
+    floats = (batch["pixel_values"].float() / 255 - mean) / std
+    torch.testing.assert_close(model.encode_image(batch["pixel_values"]), model.encode_image(floats), atol=1e-5, rtol=1e-4)
 
 
 def test_the_memory_format_changes_nothing_but_speed(model, batch, tiny_cfg, tiny_tokenizer):
     other = CLIPModel(dataclasses.replace(tiny_cfg, channels_last=False), tiny_tokenizer).eval()
     other.load_state_dict(model.state_dict())
-    one = model.eval().encode_image(batch["pixels"])
-    torch.testing.assert_close(one, other.encode_image(batch["pixels"]), atol=1e-5, rtol=1e-4)
+    one = model.eval().encode_image(batch["pixel_values"])
+    torch.testing.assert_close(one, other.encode_image(batch["pixel_values"]), atol=1e-5, rtol=1e-4)
 
 
 def test_every_trained_parameter_has_a_gradient(model, batch):
@@ -411,8 +411,8 @@ def test_the_tokenizer_knows_the_shortest_limit(tiny_cfg, tiny_tokenizer):
 
 def test_any_size_of_a_model_with_a_fixed_one(tiny_cfg, tiny_tokenizer, batch):
     model = CLIPModel(dataclasses.replace(tiny_cfg, model_name="vit_tiny_patch16_224"), tiny_tokenizer)
-    assert model.encode_image(batch["pixels"]).shape == (4, 32)
-    assert model.image_transform()(image=batch["pixels"][0].permute(1, 2, 0).numpy())["image"].shape == (3, 32, 32)
+    assert model.encode_image(batch["pixel_values"]).shape == (4, 32)
+    assert model.image_transform()(image=batch["pixel_values"][0].permute(1, 2, 0).numpy())["image"].shape == (3, 32, 32)
 
 
 def test_the_settings_class_will_do_and_weights_travel(tiny_cfg, tiny_tokenizer, model, batch):

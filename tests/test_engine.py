@@ -15,7 +15,7 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.errors import UserError
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.training.engine import _spread, autocast, embed, loss_of, prefetched, train_epoch, valid_epoch
-from clip_scratch.training.log import RunLog, chance_loss, warnings_for
+from clip_scratch.training.run import RunLog, chance_loss, warnings_for
 from clip_scratch.training.losses import LOSSES
 from clip_scratch.training.optimizer import build_optimizer, build_scheduler, learning_rates
 
@@ -178,7 +178,7 @@ def test_a_frozen_tower_does_not_move(setup, settings, frozen):
 
 
 def test_frozen_blocks_and_batch_norms(setup):
-    model, loader, _, cfg = setup(image_freezing="first:1", freeze_batch_norm=True)
+    model, loader, _, cfg = setup(image_freeze="first:1", freeze_batch_norm=True)
     before = state_of(model.image_encoder)
     trained = {name for name, p in model.image_encoder.named_parameters() if p.requires_grad}
     train_epoch(model, loader, build_optimizer(model, cfg), cfg)
@@ -253,7 +253,7 @@ def test_plateau_by_hand(tiny_cfg):
 # ---- precision
 
 
-@pytest.mark.parametrize("settings", [{}, {"image_precision": "fp32", "image_freezing": "first:1"}])
+@pytest.mark.parametrize("settings", [{}, {"image_precision": "fp32", "image_freeze": "first:1"}])
 def test_bf16_is_near_fp32(setup, settings):
     losses = {}
     for precision in ("fp32", "bf16"):
@@ -424,7 +424,7 @@ def test_max_steps_and_the_schedule_count_optimiser_steps(tiny_cfg, tmp_path, mo
     """5 batches an epoch in groups of 2 are 3 steps: 4 steps end after the first group of the second epoch."""
     import json
 
-    import clip_scratch.report as report
+    import clip_scratch.training.report as report
     from clip_scratch.train import main
 
     monkeypatch.setattr(report, "draw_epoch", lambda *_: None)

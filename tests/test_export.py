@@ -16,7 +16,7 @@ from clip_scratch.data.images import load_image
 from clip_scratch.errors import UserError
 from clip_scratch.export import Arguments, export, main
 from clip_scratch.models.clip import CLIPModel
-from clip_scratch.models.dual_encoder_export import to_dual_encoder
+from clip_scratch.exporting.dual_encoder import to_dual_encoder
 from clip_scratch.retrieval.embed import encode_image, encode_text
 from clip_scratch.training.checkpoint import load, prepare_best, save_best
 

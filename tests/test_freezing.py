@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-import clip_scratch.report as report
+import clip_scratch.training.report as report
 from clip_scratch import CFG, load
 from clip_scratch.errors import UserError
 from clip_scratch.evaluate import evaluate
@@ -56,7 +56,7 @@ def build(tiny_cfg, tiny_tokenizer, hf_cfg):
 def batch_of(model, n=4):
     encoded = model.tokenizer([f"a red square , number {i}" for i in range(n)], padding=True, return_tensors="pt")
     pixels = torch.randint(0, 256, (n, 3, model.cfg.size, model.cfg.size), dtype=torch.uint8)
-    return {"pixels": pixels, "input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
+    return {"pixel_values": pixels, "input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
 
 
 def step(model):
@@ -179,7 +179,7 @@ IDLE = {"hf.logit_bias"}
 def test_what_moves_is_what_the_policy_says(build, kind, policy):
     """The image tower by its policy, the text tower by another; batch statistics move with their weights alone."""
     other = "first:1" if policy == "frozen" else "frozen"
-    settings = {"image_freezing": policy, "text_freezing": other, "freeze_batch_norm": False}
+    settings = {"image_freeze": policy, "text_freeze": other, "freeze_batch_norm": False}
     model = build(kind, **settings)
     expected = wanted(model, "image", policy) | wanted(model, "text", other)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -200,7 +200,7 @@ def test_what_moves_is_what_the_policy_says(build, kind, policy):
 @pytest.mark.parametrize("kind", ["clip", "dual", "vit+bert"])
 @pytest.mark.parametrize("policy", ["heads", "last:1", "lora"])
 def test_the_text_tower_too(build, kind, policy):
-    model = build(kind, image_freezing="heads", text_freezing=policy)
+    model = build(kind, image_freeze="heads", text_freeze=policy)
     expected = wanted(model, "text", policy) | wanted(model, "image", "heads")
     scale = {name for name, p in model.named_parameters() if p is model.log_scale}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected | scale
@@ -209,7 +209,7 @@ def test_the_text_tower_too(build, kind, policy):
 
 
 def test_frozen_dropout_is_off_and_what_trains_keeps_its_own(build):
-    model = build("dual", text_freezing="first:1", image_freezing="frozen").train()
+    model = build("dual", text_freeze="first:1", image_freeze="frozen").train()
     text = model.towers["text"]
     assert not text.embeddings.dropout.training and not text.encoder.layer[0].output.dropout.training
     assert text.encoder.layer[1].output.dropout.training
@@ -219,8 +219,8 @@ def test_frozen_dropout_is_off_and_what_trains_keeps_its_own(build):
 
 
 def test_a_frozen_head_drops_nothing(build):
-    model = build("resnet+bert", image_freezing="frozen", dropout=0.5, image_dropout=0.5).train()
-    pixels = batch_of(model)["pixels"]
+    model = build("resnet+bert", image_freeze="frozen", dropout=0.5, image_dropout=0.5).train()
+    pixels = batch_of(model)["pixel_values"]
     assert torch.equal(model.encode_image(pixels), model.encode_image(pixels))
     assert any(module.training for module in model.text_projection.modules())
 
@@ -232,41 +232,41 @@ def test_batch_norms_keep_their_statistics_where_asked(build):
 
 def test_the_tutorial_s_trainable_is_heads():
     assert policies(CFG(trainable=False)) == {"image": "heads", "text": "heads"}
-    assert policies(CFG(text_trainable=False, image_freezing="last:2")) == {"image": "last:2", "text": "heads"}
-    assert policies(CFG(image_trainable=False, image_freezing="frozen"))["image"] == "frozen"
-    assert policies(CFG(trainable=False, text_freezing="lora"))["text"] == "heads"
+    assert policies(CFG(text_trainable=False, image_freeze="last:2")) == {"image": "last:2", "text": "heads"}
+    assert policies(CFG(image_trainable=False, image_freeze="frozen"))["image"] == "frozen"
+    assert policies(CFG(trainable=False, text_freeze="lora"))["text"] == "heads"
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit+bert"])
 def test_more_blocks_than_there_are(build, kind):
     depth = 3 if kind == "clip" else 6
-    with pytest.raises(UserError, match=f"image_freezing first:40: the tower has {depth} blocks, and one must train"):
-        build(kind, image_freezing="first:40")
-    with pytest.raises(UserError, match=f"image_freezing first:{depth}: the tower has {depth} blocks"):
-        build(kind, image_freezing=f"first:{depth}")
-    with pytest.raises(UserError, match=f"image_freezing last:{depth + 1}: the tower has {depth} blocks"):
-        build(kind, image_freezing=f"last:{depth + 1}")
-    with pytest.raises(UserError, match="text_freezing first:40: the tower has"):
-        build(kind, text_freezing="first:40")
-    build(kind, image_freezing=f"last:{depth}")
+    with pytest.raises(UserError, match=f"image_freeze first:40: the tower has {depth} blocks, and one must train"):
+        build(kind, image_freeze="first:40")
+    with pytest.raises(UserError, match=f"image_freeze first:{depth}: the tower has {depth} blocks"):
+        build(kind, image_freeze=f"first:{depth}")
+    with pytest.raises(UserError, match=f"image_freeze last:{depth + 1}: the tower has {depth} blocks"):
+        build(kind, image_freeze=f"last:{depth + 1}")
+    with pytest.raises(UserError, match="text_freeze first:40: the tower has"):
+        build(kind, text_freeze="first:40")
+    build(kind, image_freeze=f"last:{depth}")
 
 
 @pytest.mark.parametrize("kind", ["clip", "resnet+bert"])
 def test_nothing_to_train(build, kind):
-    with pytest.raises(UserError, match="nothing to train: image_freezing and text_freezing are both frozen"):
-        build(kind, image_freezing="frozen", text_freezing="frozen")
+    with pytest.raises(UserError, match="nothing to train: image_freeze and text_freeze are both frozen"):
+        build(kind, image_freeze="frozen", text_freeze="frozen")
 
 
 def test_freezing_again_gives_the_new_policy(build):
     """As a notebook does that trains the heads first and then the towers."""
-    model = build("clip", image_freezing="frozen", text_freezing="heads")
-    freeze(model, dataclasses.replace(model.cfg, image_freezing="full", text_freezing="full"))
+    model = build("clip", image_freeze="frozen", text_freeze="heads")
+    freeze(model, dataclasses.replace(model.cfg, image_freeze="full", text_freeze="full"))
     assert all(p.requires_grad for p in model.parameters())
 
 
 # ---- LoRA
 
-LORA = {"image_freezing": "lora", "text_freezing": "lora", "lora_rank": 3}
+LORA = {"image_freeze": "lora", "text_freeze": "lora", "lora_rank": 3}
 
 
 def embeddings(model, batch):
@@ -306,7 +306,7 @@ def test_lora_is_of_the_rank_that_was_asked_for_and_in_blocks_alone(build):
 
 
 def test_lora_of_one_tower_merges_beside_the_other(build):
-    model, plain = build("clip", text_freezing="lora"), build("clip")
+    model, plain = build("clip", text_freeze="lora"), build("clip")
     step(model), step(model)
     plain.load_state_dict(merged_state(model))
     batch = batch_of(model)
@@ -316,9 +316,9 @@ def test_lora_of_one_tower_merges_beside_the_other(build):
 def test_lora_without_peft_names_the_extra(build, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
-        UserError, match=r"text_freezing lora needs another library: pip install 'clip_scratch\[lora\]'"
+        UserError, match=r"text_freeze lora needs another library: pip install 'clip_scratch\[lora\]'"
     ):
-        build("clip", text_freezing="lora")
+        build("clip", text_freeze="lora")
     assert merged_state(build("clip")).keys() == build("clip").state_dict().keys()  # and nothing else asks for it
 
 
@@ -350,8 +350,8 @@ def test_the_rates_that_are_reported(build):
         return list(learning_rates(build_optimizer(model, model.cfg)).values())
 
     assert reported() == [1e-5, 2e-5, 3e-5]
-    assert reported(image_freezing="frozen", text_freezing="heads") == [0, 0, 3e-5]
-    assert reported(image_freezing="lora") == [4e-3, 2e-5, 3e-5]
+    assert reported(image_freeze="frozen", text_freeze="heads") == [0, 0, 3e-5]
+    assert reported(image_freeze="lora") == [4e-3, 2e-5, 3e-5]
 
 
 def test_decay_is_of_weights_alone(build):
@@ -365,7 +365,7 @@ def test_decay_is_of_weights_alone(build):
 @pytest.mark.parametrize("kind", TOWERS)
 @pytest.mark.parametrize("policy", ["heads", "full", "lora"])
 def test_the_counts_add_up(build, kind, policy):
-    model = build(kind, image_freezing=policy, text_freezing=policy)
+    model = build(kind, image_freeze=policy, text_freeze=policy)
     counts = count_parameters(model)
     assert sum(total for _, total in counts.values()) == sum(p.numel() for p in model.parameters())
     assert sum(n for n, _ in counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -394,8 +394,8 @@ def test_a_from_scratch_run_with_lora(tiny_cfg, tmp_path, monkeypatch):
     """size=0 is timm's own, loss="auto" is InfoNCE; best/ is merged, and a resume ends as an uninterrupted run."""
     monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
     monkeypatch.setattr(report, "report_run", lambda *_: None)
-    settings = {"size": 0, "loss": "auto", "model_name": "test_vit", "image_freezing": "lora", "lora_lr": 0.01}
-    settings |= {"text_freezing": "last:1", "image_precision": "fp32", "ema": 0.5, "accumulation": 2, "batch_size": 4}
+    settings = {"size": 0, "loss": "auto", "model_name": "test_vit", "image_freeze": "lora", "lora_lr": 0.01}
+    settings |= {"text_freeze": "last:1", "image_precision": "fp32", "ema": 0.5, "accumulation": 2, "batch_size": 4}
     settings |= {"precision": "fp32"}  # in bf16 merged updates are rounded otherwise than unmerged ones
     cfg = dataclasses.replace(tiny_cfg, **settings, run_dir=str(tmp_path / "whole"))
     whole = main(cfg)
@@ -407,7 +407,7 @@ def test_a_from_scratch_run_with_lora(tiny_cfg, tmp_path, monkeypatch):
     best = json.loads((whole / "best/metrics.json").read_text())
     assert evaluate(whole)["rsum"] == pytest.approx(best["rsum"], abs=1e-6)
     torch.manual_seed(cfg.seed)
-    start = CLIPModel(dataclasses.replace(cfg, image_freezing="full"), copy.deepcopy(model.tokenizer)).state_dict()
+    start = CLIPModel(dataclasses.replace(cfg, image_freeze="full"), copy.deepcopy(model.tokenizer)).state_dict()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
     assert any(name.startswith("image_encoder.model.blocks.0.") for name in moved)
     assert not any(name.startswith(("image_encoder.model.patch_embed", "text_encoder.model.embed")) for name in moved)
@@ -433,10 +433,10 @@ def test_lora_of_a_tower_without_linear_layers():
 
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)
     tower = TextEncoder("gpt2", pretrained=False, config=config, vocab_size=50).model
-    with pytest.raises(UserError, match="text_freezing lora: the tower's blocks have no linear layers"):
+    with pytest.raises(UserError, match="text_freeze lora: the tower's blocks have no linear layers"):
         freeze(
             SimpleNamespace(
                 towers={"image": nn.Identity(), "text": tower}, heads={"image": nn.Linear(1, 1), "text": None}
             ),
-            CFG(text_freezing="lora", image_freezing="heads"),
+            CFG(text_freeze="lora", image_freeze="heads"),
         )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 import clip_scratch.evaluate as evaluate_verb
-import clip_scratch.report as report
+import clip_scratch.training.report as report
 from clip_scratch import CFG, encode_image, encode_text, find_matches, load, search
 from clip_scratch.cli import parse
 from clip_scratch.config import PRESETS, HFClip
@@ -331,7 +331,7 @@ def test_architecture_alone(hf_clip, monkeypatch):
 @pytest.mark.parametrize("freezing", ["first:1", "full"])
 def test_the_trained_part_in_fp32(hf_cfg, tiny_data, kind, freezing):
     """--image-precision fp32: what trains leaves autocast, what is frozen does not."""
-    settings = {"precision": "bf16", "image_freezing": freezing}
+    settings = {"precision": "bf16", "image_freeze": freezing}
     ours, theirs, exact = (
         HFCLIPModel(hf_cfg(kind, **settings | more))
         for more in ({"image_precision": "fp32"}, {}, {"precision": "fp32"})
@@ -583,9 +583,9 @@ def interrupt_at(monkeypatch, step):
 
 
 EVERYTHING = {
-    "lora": {"image_freezing": "lora", "text_freezing": "lora", "ema": 0.7, "accumulation": 2, "lora_lr": 1e-2},
-    "plateau": {"scheduler": "plateau", "patience": 0, "factor": 0.5, "loss": "sigmoid", "image_freezing": "last:1"},
-    "mixed": {"image_freezing": "lora", "text_freezing": "first:1", "ema": 0.5, "wise_ft": "0.5", "layer_decay": 0.7},
+    "lora": {"image_freeze": "lora", "text_freeze": "lora", "ema": 0.7, "accumulation": 2, "lora_lr": 1e-2},
+    "plateau": {"scheduler": "plateau", "patience": 0, "factor": 0.5, "loss": "sigmoid", "image_freeze": "last:1"},
+    "mixed": {"image_freeze": "lora", "text_freeze": "first:1", "ema": 0.5, "wise_ft": "0.5", "layer_decay": 0.7},
 }
 
 
@@ -617,7 +617,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(hf_cfg, tmp_path, monkeyp
 
 
 def test_a_lora_run_needs_no_peft_to_load(hf_cfg, plain, tmp_path, monkeypatch):
-    run = main(hf_cfg(image_freezing="lora", lora_lr=0.05, epochs=1, run_dir=str(tmp_path / "run")))
+    run = main(hf_cfg(image_freeze="lora", lora_lr=0.05, epochs=1, run_dir=str(tmp_path / "run")))
     monkeypatch.setitem(sys.modules, "peft", None)
     for name in [n for n in sys.modules if n.startswith("peft.")]:
         monkeypatch.delitem(sys.modules, name)
@@ -628,7 +628,7 @@ def test_a_lora_run_needs_no_peft_to_load(hf_cfg, plain, tmp_path, monkeypatch):
 
 def test_lora_s_kept_epoch_is_what_was_measured(hf_cfg, plain, tmp_path):
     """The figures of best/ come out again from its merged weights."""
-    settings = {"image_freezing": "lora", "text_freezing": "lora", "lora_lr": 0.03, "epochs": 3, "ema": 0.5}
+    settings = {"image_freeze": "lora", "text_freeze": "lora", "lora_lr": 0.03, "epochs": 3, "ema": 0.5}
     run = main(hf_cfg(**settings, run_dir=str(tmp_path / "run"), precision="fp32"))
     best = json.loads((run / "best/metrics.json").read_text())
     assert evaluate(run)["rsum"] == pytest.approx(best["rsum"], abs=1e-6)
@@ -688,7 +688,7 @@ def test_captions_over_the_limit_are_counted(hf_cfg, plain, tmp_path, capsys):
 
 def test_the_recipes(tmp_path):
     for name in ("hf_clip", "food", "indo_fashion", "flickr8k_clip", "flickr30k_clip"):
-        cfg = parse([name, "--batch-size", "8", "--image-freezing", "last:2", "--run-dir", str(tmp_path)])
+        cfg = parse([name, "--batch-size", "8", "--image-freeze", "last:2", "--run-dir", str(tmp_path)])
         assert isinstance(cfg, PRESETS[name]) and (cfg.backend, cfg.batch_size) == ("hf_clip", 8)
         assert (cfg.model_name, cfg.size, cfg.loss) == ("openai/clip-vit-base-patch32", 0, "auto")
         assert (cfg.image_encoder_lr, cfg.text_encoder_lr, cfg.head_lr) == (1e-5, 1e-5, 1e-5)
@@ -698,4 +698,4 @@ def test_the_recipes(tmp_path):
     food, fashion = PRESETS["food"](), PRESETS["indo_fashion"]()
     assert food.scheduler == "plateau" and food.epochs == 20 and food.hue_jitter and food.horizontal_flip
     assert food.color_jitter and food.crop_scale < 1 and food.weight_decay
-    assert fashion.accumulation > 1 and fashion.image_freezing == "first:6"
+    assert fashion.accumulation > 1 and fashion.image_freeze == "first:6"

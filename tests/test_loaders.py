@@ -43,8 +43,8 @@ def test_ids_names_and_captions_agree(make, tiny_data, tiny_tokenizer, mode, per
         ids = tiny_tokenizer(row.caption, truncation=True, max_length=24)["input_ids"]
         plain[row.image_id].add(tiny_tokenizer.decode(ids, skip_special_tokens=True))
     for batch in make(mode, captions_per_image=per_image).start(epoch=1):
-        b, c = len(batch["pixels"]), len(batch["input_ids"])
-        assert batch["pixels"].shape == (b, 3, 32, 32) and batch["pixels"].dtype == torch.uint8
+        b, c = len(batch["pixel_values"]), len(batch["input_ids"])
+        assert batch["pixel_values"].shape == (b, 3, 32, 32) and batch["pixel_values"].dtype == torch.uint8
         assert [id_of[name] for name in batch["names"]] == batch["image_ids"].tolist()
         assert len(batch["caption_image_ids"]) == len(batch["caption_ids"]) == len(batch["attention_mask"]) == c
         assert set(batch["caption_image_ids"].tolist()) == set(batch["image_ids"].tolist())
@@ -76,7 +76,7 @@ def test_case_and_spacing_do_not_make_another_sentence(make, tiny_data):
 def test_pixels_are_the_named_image_s(make, tiny_data, tiny_cfg):
     transform = image_transform(tiny_cfg, train=False)
     for batch in make("valid"):
-        for name, pixels in zip(batch["names"], batch["pixels"], strict=True):
+        for name, pixels in zip(batch["names"], batch["pixel_values"], strict=True):
             assert torch.equal(pixels, transform(image=load_image(tiny_data.image_path / name))["image"])
 
 
@@ -101,13 +101,13 @@ def test_pixels_and_captions_do_not_depend_on_the_rest_of_the_batch(make):
     for numbers in ([5], [20, 3, 7]):
         assert torch.equal(data.pixels(3, numbers), whole[numbers])
         assert data.captions(3, numbers)["names"] == [f"{n:02d}.png" for n in numbers]
-    assert "pixels" not in data.captions(3, [1])
+    assert "pixel_values" not in data.captions(3, [1])
     assert not torch.equal(data.pixels(4, range(26)), whole)
 
 
 def test_frozen_views_leave_pixels_alone(make):
     """What is kept of them is training.frozen_cache's; a tower that is not kept sees new pixels in every epoch."""
-    data = make(frozen_views=3).dataset
+    data = make(cached_views=3).dataset
     assert torch.equal(data.pixels(4, range(26)), make().dataset.pixels(4, range(26)))
     assert not torch.equal(data.pixels(1, range(26)), data.pixels(4, range(26)))
 
@@ -135,7 +135,7 @@ def test_any_albumentations_pipeline_may_take_its_place(tiny_data, tiny_tokenize
     loader = build_loaders(tiny_data.table, tiny_tokenizer, "train", cfg, transform)
     assert loader.num_workers == workers and loader.dataset.augmented
     batches = list(loader.start(2, 1))
-    for name, pixels in zip(batches[0]["names"], batches[0]["pixels"], strict=True):
+    for name, pixels in zip(batches[0]["names"], batches[0]["pixel_values"], strict=True):
         transform.set_random_seed(int(np.random.SeedSequence((cfg.seed, 2, int(name[:2]))).generate_state(1)[0]))
         assert torch.equal(pixels, transform(image=load_image(tiny_data.image_path / name))["image"])
 
@@ -208,7 +208,7 @@ def test_epochs_and_seeds_differ_in_order_and_pixels(make):
     loader = make(batch_size=26)
     (first,), (second,) = list(loader.start(0)), list(loader.start(1))
     order = [second["names"].index(name) for name in first["names"]]
-    assert (first["pixels"] != second["pixels"][order]).flatten(1).any(1).float().mean() > 0.9
+    assert (first["pixel_values"] != second["pixel_values"][order]).flatten(1).any(1).float().mean() > 0.9
 
 
 def test_validation_has_every_caption_once_in_order(make, tiny_data, tiny_tokenizer):

@@ -14,7 +14,7 @@ import pytest
 
 from clip_scratch import CFG
 from clip_scratch.config import PRESETS, HFClip
-from clip_scratch.data.scenes import write_scenes
+from clip_scratch.data.scenes.write import write_scenes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

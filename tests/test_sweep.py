@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-import clip_scratch.report as report
+import clip_scratch.training.report as report
 import clip_scratch.training.engine as engine
 from clip_scratch.errors import UserError
 from clip_scratch.sweep import strategies
@@ -24,7 +24,7 @@ def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, tmp_path, monkeypatch,
     train_epoch, trained = engine.train_epoch, []
 
     def counted(model, *args, **options):
-        trained.append(model.cfg.image_freezing)
+        trained.append(model.cfg.image_freeze)
         if len(trained) == 3:
             raise KeyboardInterrupt
         return train_epoch(model, *args, **options)
@@ -59,7 +59,7 @@ def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, tmp_path, monkeypatch,
 
 
 def test_a_deep_tower_has_its_first_six_blocks_frozen():
-    assert strategies(12, 1e-5)["vision-first-6"]["image_freezing"] == "first:6"
+    assert strategies(12, 1e-5)["vision-first-6"]["image_freeze"] == "first:6"
     assert [next(iter(strategies(depth, 1e-5))) for depth in (7, 6, 1)] == [
         "vision-first-6",
         "vision-first-3",
@@ -76,8 +76,8 @@ def test_a_sweep_does_not_mix_runs_of_different_settings(hf_cfg, tmp_path, monke
         main(dataclasses.replace(cfg, batch_size=5))
     with pytest.raises(UserError, match="zero-shot is a run: choose another --run-dir"):
         main(dataclasses.replace(cfg, run_dir=str(tmp_path / "zero-shot")))
-    with pytest.raises(UserError, match="sets image_freezing and text_freezing itself"):
-        main(dataclasses.replace(cfg, text_freezing="lora"))
+    with pytest.raises(UserError, match="sets image_freeze and text_freeze itself"):
+        main(dataclasses.replace(cfg, text_freeze="lora"))
 
 
 def test_a_sweep_needs_a_pretrained_clip(tiny_cfg, hf_cfg, tmp_path):

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import clip_scratch.evaluation.retrieval as retrieval
-import clip_scratch.report as report
+import clip_scratch.training.report as report
 import clip_scratch.train as train
 from clip_scratch import CFG, encode_image, encode_text, find_matches, load
 from clip_scratch.cli import parse
 from clip_scratch.errors import UserError
 from clip_scratch.evaluate import evaluate
 from clip_scratch.train import main
-from clip_scratch.training.log import chance_loss
+from clip_scratch.training.run import chance_loss
 from clip_scratch.training.losses import LOSSES
 
 RECALLS = {f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in (1, 5, 10)}
@@ -487,7 +487,7 @@ def test_a_long_run_measures_its_precision_once_and_keeps_it(cfg, plain, monkeyp
     calls = []
 
     def tune(model, batch, cfg):
-        calls.append(len(batch["pixels"]))
+        calls.append(len(batch["pixel_values"]))
         return dataclasses.replace(cfg, precision="fp32", channels_last=False), "measured"
 
     monkeypatch.setattr("clip_scratch.training.autotune.tune", tune)
@@ -504,10 +504,10 @@ def test_a_long_run_measures_its_precision_once_and_keeps_it(cfg, plain, monkeyp
 
 def test_a_run_on_frozen_features_equals_one_that_recomputes_them(cfg, plain):
     heads = dataclasses.replace(
-        cfg, image_freezing="heads", text_freezing="heads", crop_scale=1.0, horizontal_flip=0.0, color_jitter=0.0,
+        cfg, image_freeze="heads", text_freeze="heads", crop_scale=1.0, horizontal_flip=0.0, color_jitter=0.0,
         precision="fp32",
     )  # fmt: skip
-    kept = lines_of(main(dataclasses.replace(heads, frozen_views=1)))
+    kept = lines_of(main(dataclasses.replace(heads, cached_views=1)))
     recomputed = lines_of(main(dataclasses.replace(heads, run_dir=f"{cfg.run_dir}-recomputed")))
     assert [line["train_loss"] for line in kept] == pytest.approx([line["train_loss"] for line in recomputed], abs=1e-5)
     assert [line["rsum"] for line in kept] == pytest.approx([line["rsum"] for line in recomputed], abs=0.5)

@@ -20,7 +20,7 @@ from clip_scratch.training.wise_ft import ZERO_SHOT, interpolate, mix
 
 CPU = torch.device("cpu")
 # Weights that differ from the zero-shot ones in every way that there is
-TRAINING = {"image_freezing": "lora", "text_freezing": "full", "ema": 0.5, "lora_lr": 0.02, "precision": "fp32"}
+TRAINING = {"image_freeze": "lora", "text_freeze": "full", "ema": 0.5, "lora_lr": 0.02, "precision": "fp32"}
 
 
 def same(a, b):

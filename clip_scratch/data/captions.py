@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -78,6 +79,12 @@ def split_of(table: pd.DataFrame, split: str, source: str) -> pd.DataFrame:
         name = source or "the built-in data set"
         raise UserError(f"{name} has no images in the split {split!r}; it has {there or 'none'}. {fix}")
     return rows.reset_index(drop=True)
+
+
+def fingerprint_of(table: pd.DataFrame) -> str:
+    """The SHA-256 of a caption table's (image, caption) pairs, whatever their order."""
+    pairs = sorted(zip(table["image"], table["caption"], strict=True))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def plain_words(captions: pd.Series) -> pd.Series:
@@ -166,7 +173,7 @@ def _locate(cfg: CFG) -> tuple[dict[str, Path], str, Columns, Path | None]:
     A single file, whose splits are inside it or beside it or nowhere, has the key "".
     """
     if not cfg.captions_path:
-        from .scenes import ensure_scenes
+        from .scenes.write import ensure_scenes
 
         captions, images = ensure_scenes(cfg)
         return {"": Path(captions)}, "table", Columns(), Path(images)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL
 
+from ..files import cache_folder
 from .images import image_prefix, load_image, prefix_side, reading
 
 if TYPE_CHECKING:
@@ -122,13 +123,6 @@ def decoded_before(folder: Path, cfg: CFG) -> set[str]:
 # ---- which cache
 
 
-def cache_folder(cfg: CFG) -> Path:
-    """The folder of all caches: cfg.cache_path, or clip_scratch in the user's cache folder."""
-    if cfg.cache_path:
-        return Path(cfg.cache_path).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip_scratch")
-
-
 def _stamp(path: str) -> list[int] | None:
     """Size in bytes and time of the last change in ns; None where there is no such file."""
     try:
@@ -147,7 +141,7 @@ def _record(names: Sequence[str], paths: Sequence[str], folder: Path, side: int)
 def _key(record: dict, cfg: CFG, train: bool) -> str:
     """A hash of all that decides the pixels: the files, the settings and the libraries that resize."""
     crops = train and cfg.crop_scale < 1
-    geometry = (cfg.interpolation, *(() if crops else (cfg.size, cfg.resize, cfg.crop_from)))
+    geometry = (cfg.interpolation, *(() if crops else (cfg.size, cfg.resize)))
     versions = PIL.__version__, *map(_version, ("albumentations", "opencv-python", "opencv-python-headless"))
     decides = json.dumps([_FORMAT, record, crops, geometry, versions])
     return hashlib.sha256(decides.encode()).hexdigest()[:16]

@@ -93,13 +93,11 @@ def image_prefix(cfg: CFG, train: bool, side: int):
 def prefix_side(cfg: CFG, train: bool, paths: Sequence[str | Path]) -> int:
     """Pixels a side of `image_prefix`'s squares of these image files.
 
-    With a random crop cfg.crop_margin, or 8/7 of the size but no more than the shorter side of most images has:
-    larger squares would hold no more of the picture. A sample of the files' headers tells.
+    With a random crop 8/7 of the size, but no more than the shorter side of most images: larger squares would hold
+    no more of the picture. The headers of a sample of the files tell.
     """
     if not train or cfg.crop_scale == 1:
         return cfg.size
-    if cfg.crop_margin:
-        return max(cfg.size, cfg.crop_margin)
     shorter = []
     for path in paths[:: -(-len(paths) // 100)]:
         with reading(path), Image.open(path) as file:
@@ -132,14 +130,19 @@ def _evaluation_geometry(cfg: CFG) -> list:
     """
     import albumentations as A
 
+    short = shorter_side(cfg)
     if cfg.interpolation != "area":
-        whole = cfg.resize == "stretch"
-        sides = {"size": cfg.size, "short": 0 if whole else cfg.crop_from or cfg.size}
+        sides = {"size": cfg.size, "short": short}
         return [A.Lambda(image=partial(_resize_as_pil, interpolation=cfg.interpolation, **sides))]
-    if cfg.resize == "crop":
-        short = cfg.crop_from or cfg.size
+    if short:
         return [A.SmallestMaxSize(short, area_for_downscale="image"), A.CenterCrop(cfg.size, cfg.size)]
     return [A.Resize(cfg.size, cfg.size, area_for_downscale="image")]
+
+
+def shorter_side(cfg: CFG) -> int:
+    """What the shorter side of an evaluation image is resized to before the center is cropped; 0 without a crop."""
+    word, _, pixels = cfg.resize.partition(":")
+    return int(pixels or cfg.size) if word == "crop" else 0
 
 
 def _resize_as_pil(image: np.ndarray, size: int, short: int, interpolation: str, **_: object) -> np.ndarray:

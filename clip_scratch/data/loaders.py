@@ -7,7 +7,8 @@ image) alone, so a run that stops in the middle of an epoch goes on exactly as i
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +29,45 @@ if TYPE_CHECKING:
     from ..config import CFG
 
 Batch = dict[str, torch.Tensor | list[str]]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches with their tensors on `device`; for a GPU a thread makes and copies the next one meanwhile."""
+    if device.type == "cpu":  # there the two would only compete for cores
+        return iter(batches)
+    return _prefetched(iter(batches), device)
+
+
+def _prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copied() -> Batch | None:
+        batch = next(batches, None)
+        if batch is None or stream is None:
+            return batch and to_device(batch, device)
+        with torch.cuda.stream(stream):  # so that the copy does not wait for the training step
+            return to_device({k: v.pin_memory() if _is_on_cpu(v) else v for k, v in batch.items()}, device)
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(copied)
+        while (batch := ahead.result()) is not None:
+            if stream is not None:
+                current = torch.cuda.current_stream(device)
+                current.wait_stream(stream)
+                for value in batch.values():
+                    if isinstance(value, torch.Tensor):
+                        value.record_stream(current)  # else its memory could be reused while the step reads it
+            ahead = thread.submit(copied)
+            yield batch
+
+
+def _is_on_cpu(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_pinned()
 
 
 class CaptionedImages(Dataset):
@@ -61,19 +101,33 @@ class CaptionedImages(Dataset):
         self.device, self.held = torch.device("cpu"), None
         if isinstance(self.images, ImageCache):
             self._place(torch.device(device))
+        # Cached outputs of a frozen backbone, which take the place of pixels and of token ids in a batch
+        self.image_features: torch.Tensor | None = None  # (views, N, D)
+        self.text_features: torch.Tensor | None = None  # (captions, D)
         self._epoch, self._uniform = None, None  # the last epoch, and its random numbers (N, K)
 
     @property
     def decodes(self) -> bool:
         """Whether images are decoded at every step, which other processes may do."""
-        return not isinstance(self.images, ImageCache)
+        return self.image_features is None and not isinstance(self.images, ImageCache)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         epoch, numbers = keys[0][0], [number for _, number in keys]
-        return {"pixels": self.pixels(epoch, numbers), **self.captions(epoch, numbers)}
+        captions, counts = self.captions_of(epoch, numbers)
+        batch = self.ids(numbers, captions, counts)
+        if self.image_features is None:
+            batch["pixel_values"] = self.pixels(epoch, numbers)  # (B, 3, S, S)
+        else:
+            view = self.image_features[epoch % len(self.image_features)]
+            batch["image_features"] = view.index_select(0, torch.tensor(numbers))  # (B, D)
+        if self.text_features is None:
+            batch["input_ids"], batch["attention_mask"] = self.tokens.batch(captions)  # (C, L)
+        else:
+            batch["text_features"] = self.text_features.index_select(0, torch.from_numpy(captions))  # (C, D)
+        return batch
 
     def pixels(self, epoch: int, numbers: Sequence[int]) -> torch.Tensor:
         """The images as training or evaluation sees them in `epoch`: uint8 (B, 3, S, S), channels last."""
@@ -88,16 +142,6 @@ class CaptionedImages(Dataset):
         else:
             pixels = np.stack(squares)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-    def captions(self, epoch: int, numbers: Sequence[int]) -> Batch:
-        """A batch without its pixels: B images, the C captions they bring to `epoch`, padded to the longest."""
-        captions, counts = self.captions_of(epoch, numbers)
-        input_ids, attention_mask = self.tokens.batch(captions)
-        return {
-            "input_ids": input_ids,  # (C, L)
-            "attention_mask": attention_mask,  # (C, L)
-            **self.ids(numbers, captions, counts),
-        }
 
     def ids(self, numbers: Sequence[int], captions: np.ndarray, counts: np.ndarray) -> Batch:
         """Which of B images and C captions belong together, `counts` (B,) of them to each image."""
@@ -170,7 +214,7 @@ class EpochBatches(Sampler):
         self.start()
 
     def start(self, epoch: int = 0, skip: int = 0, stop: int | None = None) -> None:
-        """Give batches `skip` up to `stop` of `epoch`."""
+        """Set the next pass to the batches `skip` up to `stop` of `epoch`; the passes after it are whole epochs."""
         self.epoch, self.skip, self.stop = epoch, skip, stop
 
     def __len__(self) -> int:
@@ -184,6 +228,7 @@ class EpochBatches(Sampler):
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
         for k in range(self.skip, len(self) if self.stop is None else min(len(self), self.stop)):
             yield [(self.epoch, int(i)) for i in order[k * self.batch_size : (k + 1) * self.batch_size]]
+        self.start(self.epoch + 1)
 
 
 class Loader(DataLoader):
@@ -207,7 +252,7 @@ class Loader(DataLoader):
         )
 
     def start(self, epoch: int, skip: int = 0, stop: int | None = None) -> Loader:
-        """The batches `skip` up to `stop` of `epoch`."""
+        """Set the next pass to the batches `skip` up to `stop` of `epoch`; each pass after it is the next epoch."""
         self.batches.start(epoch, skip, stop)
         return self
 

@@ -44,7 +44,7 @@ def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokeniz
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers made one up
             raise UserError(f"text_tokenizer: {path} holds no tokenizer. Set --text-tokenizer to a folder of one")
         return tokenizer
-    random_text = not (cfg.pretrained and cfg.text_pretrained)
+    random_text = not cfg.pretrained
     try:
         or_random = ", or --no-pretrained" if cfg.backend == "from_scratch" and not random_text else ""
         with hub_access(f"the tokenizer {name!r}", f"Give text_tokenizer a local folder{or_random}"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .figures import write_figure
+from ..files import write_figure
 from .retrieval import TIE
 
 UNSEEN = -1  # the target of an image whose class is none of the classes

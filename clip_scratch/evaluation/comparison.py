@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,120 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ..config import CFG, PRESETS
+from ..config import CFG
+from ..device import pick_device
 from ..errors import UserError
-from ..training.checkpoint import load, write_json
-from ..training.device import pick_device
+from ..files import write_atomically
+from ..presets import PRESETS
+from ..training.checkpoint import load
 from . import comparison_table
 from .bootstrap import interval, resampled_recalls
-from .retrieval import ranks, recalls_of
+from .measure import ZERO_SHOT, Measured, measure, read_zero_shot
 from .run_record import UNTRAINED, RunRecord, read_record, run_folder
 from .sample import captions_for, count_ambiguous, part_of
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-    from ..models.clip import DualEncoder
-
-ZERO_SHOT = "zero_shot.json"  # in the folder of a run that began with a pretrained CLIP
 # The settings that say which images and captions a run validates on
 _DATA = (
     "captions_path", "image_path", "captions_format", "image_column", "caption_column", "valid_captions_path",
     "test_captions_path", "valid_fraction", "test_fraction", "on_bad_image", "n_scenes", "seed",
 )  # fmt: skip
-
-
-# ---- what a model found
-
-
-@dataclass
-class Measured:
-    """The ranks that a model reached on a split: of every caption's image and of every image's best caption."""
-
-    images: list[str]  # (N,) names
-    image_of_caption: torch.Tensor  # (C,) rows of `images`
-    image_rank: torch.Tensor  # (C,) from 1
-    text_rank: torch.Tensor  # (N,) from 1
-    fingerprint: str = ""  # `fingerprint_of` the captions; empty where it is not known
-
-    @cached_property
-    def metrics(self) -> dict[str, float]:
-        """The figures of `recall_at_k`."""
-        return recalls_of(self.image_rank, self.text_rank)
-
-    def captions_per_image(self) -> dict[str, int]:
-        counts = torch.bincount(self.image_of_caption, minlength=len(self.images))
-        return dict(zip(self.images, counts.tolist(), strict=True))
-
-    def hits(self) -> tuple[np.ndarray, np.ndarray]:
-        """R@1 image to text and text to image as counts of an image: its queries that hit, and all its queries.
-
-        Both (N, 2), the images in the order of their names, so that those of two models line up.
-        """
-        n, own = len(self.images), self.image_of_caption
-        found = torch.bincount(own, (self.image_rank <= 1).double(), minlength=n)
-        hits = torch.stack([(self.text_rank <= 1).double(), found], 1)
-        sizes = torch.stack([torch.ones(n).double(), torch.bincount(own, minlength=n).double()], 1)
-        order = sorted(range(n), key=self.images.__getitem__)
-        return hits[order].numpy(), sizes[order].numpy()
-
-
-def measure(model: DualEncoder, cfg: CFG, table: pd.DataFrame) -> Measured:
-    """Rank all images and captions of a caption table, in the protocol of `recall_at_k`."""
-    from ..data.loaders import build_loaders
-    from ..training.engine import embed
-
-    cfg = dataclasses.replace(cfg, image_cache=False)  # each image is looked at once
-    loader = build_loaders(table, model.tokenizer, "valid", cfg)
-    images, texts, own = embed(model, loader, cfg)
-    return Measured(loader.dataset.names, own, *ranks(images, texts, own), fingerprint_of(table))
-
-
-def fingerprint_of(table: pd.DataFrame) -> str:
-    """The SHA-256 of a caption table's (image, caption) pairs, whatever their order."""
-    pairs = sorted(zip(table["image"], table["caption"], strict=True))
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-
-
-def save_zero_shot(
-    path: str | Path,
-    model_name: str,
-    names: Sequence[str],
-    image_of_caption: torch.Tensor | Sequence[int],
-    image_rank: torch.Tensor | Sequence[int],
-    text_rank: torch.Tensor | Sequence[int],
-    fingerprint: str = "",
-) -> None:
-    """Keep what the untouched model found on a run's validation split, for `read_zero_shot`.
-
-    Names of the N images, the image row of each caption (C,), the two results of `ranks`, and `fingerprint_of` the
-    split's captions.
-    """
-    lists = {"image_of_caption": image_of_caption, "image_rank": image_rank, "text_rank": text_rank}
-    lists = {name: torch.as_tensor(values).tolist() for name, values in lists.items()}
-    head = {"model_name": model_name, "split": "valid", "fingerprint": fingerprint, "images": list(names)}
-    write_json(Path(path), head | lists)
-
-
-def read_zero_shot(path: str | Path) -> tuple[str, Measured]:
-    """The model's name and ranks that `save_zero_shot` wrote. Raises UserError where the file is damaged."""
-    try:
-        saved = json.loads(Path(path).read_text())
-        own, image_rank, text_rank = (
-            torch.tensor(saved[name], dtype=torch.long) for name in ("image_of_caption", "image_rank", "text_rank")
-        )
-        images = list(saved["images"])
-        every_image = list(range(len(images)))
-        if not images or len(text_rank) != len(images) or len(image_rank) != len(own):
-            raise ValueError("its lists do not fit together")
-        if sorted(set(own.tolist())) != every_image:
-            raise ValueError("its captions are not those of its images")
-        fingerprint = str(saved.get("fingerprint", ""))  # files of older runs have none
-        return saved["model_name"], Measured(images, own, image_rank, text_rank, fingerprint)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({error}): train the run again, or delete the file") from error
 
 
 # ---- the table
@@ -217,6 +122,14 @@ class Comparison:
     def csv(self) -> str:
         """The table for a spreadsheet: recalls, intervals and differences in percent, to six digits."""
         return comparison_table.csv_text(self)
+
+    def write(self, markdown: str | Path = "", csv: str | Path = "", chart: str | Path = "") -> None:
+        """Write the table to the files that are named. Raises UserError where one cannot be written."""
+        for path, content in ((markdown, self.markdown), (csv, self.csv)):
+            if path:
+                write_atomically(Path(path), lambda temporary, content=content: temporary.write_text(content()))
+        if chart:
+            self.chart(chart)
 
     def chart(self, path: str | Path) -> Path:
         """Write a bar chart of R@1 both ways, with the intervals. Raises UserError where it cannot be written."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..files import write_figure
 from .bootstrap import RESAMPLES
-from .figures import write_figure
 
 if TYPE_CHECKING:
     from .comparison import Comparison, Difference, Row

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..config import CFG
 from ..errors import UserError
-from ..models.freezing import policies
-from ..training.checkpoint import run_config
+from ..models.freezing import frozen_parts
+from ..models.saved import run_config
 
 
 @dataclass
@@ -85,10 +85,10 @@ def _learning_rates(cfg: CFG) -> str:
     """The peak rates of what trains: one figure where all are alike, else each with its parts."""
     of_tower = {"image": cfg.image_encoder_lr, "text": cfg.text_encoder_lr}
     rates: dict[float, list[str]] = {}
-    for tower, policy in policies(cfg).items():
+    for tower, policy in frozen_parts(cfg).items():
         if policy == "lora":
             rates.setdefault(cfg.lora_lr, []).append(f"{tower} LoRA")
-        elif policy not in ("frozen", "heads"):
+        elif policy not in ("all", "backbone"):
             rates.setdefault(of_tower[tower], []).append(tower)
     rates.setdefault(cfg.head_lr, []).append("heads")
     if len(rates) == 1:
@@ -102,7 +102,7 @@ def _rate(rate: float) -> str:
 
 def _frozen(cfg: CFG) -> str:
     """What of the towers did not train, in words."""
-    said = {tower: _frozen_of(policy, cfg) for tower, policy in policies(cfg).items()}
+    said = {tower: _frozen_of(policy, cfg) for tower, policy in frozen_parts(cfg).items()}
     if len(set(said.values())) == 1:
         return said["image"]
     return "; ".join(f"{tower}: {words}" for tower, words in said.items())
@@ -111,10 +111,10 @@ def _frozen(cfg: CFG) -> str:
 def _frozen_of(policy: str, cfg: CFG) -> str:
     kind, _, n = policy.partition(":")
     return {
-        "full": "nothing",
-        "frozen": "all",
-        "heads": "all but the projection",
+        "none": "nothing",
+        "all": "all",
+        "backbone": "all but the projection",
         "lora": f"all (LoRA, rank {cfg.lora_rank})",
         "first": f"first {n} blocks",
-        "last": f"all but the last {n} blocks",
+        "all-but-last": f"all but the last {n} blocks",
     }[kind]

@@ -17,9 +17,9 @@ from ..config import CFG
 from ..data.images import image_transform
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
-from .encoders import ImageEncoder, TextEncoder, compute_trained_part_in_fp32
+from .encoders import ImageEncoder, TextEncoder
 from .freezing import freeze, keep_frozen_in_eval
-from .frozen_prefix import image_features_from, text_features_from
+from .precision import autocast, memory_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ class DualEncoder(nn.Module):
     max_log_scale: float | torch.Tensor  # where training clamps `log_scale`
     padded_length: int | None = None  # of every caption in the text tower; None: the longest one's of a batch
 
-    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) normalised pixels -> (B, P)."""
         raise NotImplementedError
 
@@ -85,63 +85,57 @@ class DualEncoder(nn.Module):
         """The albumentations pipeline whose uint8 output `encode_image` takes."""
         return image_transform(self.cfg, train)
 
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) pixels -> (B, P) L2-normalised. uint8 pixels are normalised here, floats taken as they are."""
-        if pixels.dtype == torch.uint8:
-            pixels = self.normalise(pixels)
-        layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
-        pixels = pixels.contiguous(memory_format=layout)
-        return F.normalize(self.image_features(pixels).float(), dim=-1)
+    def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) pixels -> (B, P) L2-normalised. uint8 pixels are normalised here, floats are not."""
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = self.normalise(pixel_values)
+        with autocast(self.cfg, "image", self.device):
+            features = self.image_features(pixel_values.contiguous(memory_format=memory_format(self.cfg)))
+        return F.normalize(features.float(), dim=-1)
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 pixels -> float32 ones with the mean and deviation that the image tower expects.
+    def normalise(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) uint8 pixels -> float32, with the mean and deviation that the image tower expects.
 
         In one pass over rows of S x 3 numbers: three channels alone would not fill the processor's vectors, which
         makes this nine times as fast on a CPU.
         """
-        b, _, height, width = pixels.shape
-        rows = pixels.permute(0, 2, 3, 1).reshape(b * height, width * 3)
+        b, _, height, width = pixel_values.shape
+        rows = pixel_values.permute(0, 2, 3, 1).reshape(b * height, width * 3)
         scale, offset = 1 / self.std, -self.mean / self.std
         rows = torch.addcmul(offset.flatten().repeat(width), rows, scale.flatten().repeat(width))
         return rows.view(b, height, width, 3).permute(0, 3, 1, 2)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(C, L) token ids and mask -> (C, P) L2-normalised."""
-        return F.normalize(self.text_features(input_ids, attention_mask).float(), dim=-1)
-
-    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """A loader's batch -> image embeddings (B, P) and text embeddings (C, P)."""
-        if self.training:  # at its clamp or beyond the scale has no gradient, and would never come back
-            self.log_scale.data.clamp_(max=self.max_log_scale - 1e-6)
-        return self.embed_images(batch), self.embed_texts(batch)
-
-    def embed_images(self, batch: dict) -> torch.Tensor:
-        """The image embeddings (B, P) of a batch: of its pixels, or of what frozen layers made of them before."""
-        if "image_activations" not in batch:
-            return self.encode_image(batch["pixels"])
-        features = image_features_from(self, batch["image_unit"], batch["image_activations"])
+        with autocast(self.cfg, "text", self.device):
+            features = self.text_features(input_ids, attention_mask)
         return F.normalize(features.float(), dim=-1)
 
-    def embed_texts(self, batch: dict) -> torch.Tensor:
-        """The text embeddings (C, P) of a batch: of its ids, or of what frozen layers made of them before.
+    def project(self, tower: str, features: torch.Tensor) -> torch.Tensor:
+        """What enters the head of the "image" or "text" tower, (N, D), -> (N, P) L2-normalised."""
+        with autocast(self.cfg, tower, self.device):
+            projected = self.heads[tower](features)
+        return F.normalize(projected.float(), dim=-1)
 
-        There (C, D) are the features of a frozen tower, and (C, L, D) those of each token.
+    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch -> image embeddings (B, P) and text embeddings (C, P).
+
+        `image_features` (B, D) or `text_features` (C, D) in the batch, cached outputs of a frozen backbone, take the
+        place of `pixel_values` or of `input_ids` and `attention_mask`.
         """
-        ids, mask = batch.get("input_ids"), batch.get("attention_mask")  # both (C, L)
-        if "text_activations" not in batch:
-            return self.encode_text(ids, mask)
-        kept = [batch["text_activations"]]
-        if kept[0].ndim == 3 and not self.padded_length:
-            kept = [kept[0][rows, :length] for rows, length in _chunks(mask)]
-        return F.normalize(text_features_from(self, batch["text_unit"], kept, ids, mask).float(), dim=-1)
+        if self.training:  # at its clamp or beyond, the scale has no gradient and would never come back
+            self.log_scale.data.clamp_(max=self.max_log_scale - 1e-6)
+        if "image_features" in batch:
+            images = self.project("image", batch["image_features"])
+        else:
+            images = self.encode_image(batch["pixel_values"])
+        if "text_features" in batch:
+            return images, self.project("text", batch["text_features"])
+        return images, self.encode_text(batch["input_ids"], batch["attention_mask"])
 
-    def apply_precision(self) -> None:
-        """Bring the towers to `cfg`'s image_precision, text_precision and channels_last."""
-        for part, precision in (("image", self.cfg.image_precision), ("text", self.cfg.text_precision)):
-            tower = self.towers[part]
-            compute_trained_part_in_fp32(getattr(tower, "timm_model", tower), precision == "fp32")
-        layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
-        self.towers["image"].to(memory_format=layout)
+    def apply_memory_format(self) -> None:
+        """Convert the image tower's weights to the memory format of `cfg`."""
+        self.towers["image"].to(memory_format=memory_format(self.cfg))
 
     def compile_towers(self) -> None:
         """torch.compile both towers, in place; compilation happens when they are first called."""
@@ -197,15 +191,15 @@ class CLIPModel(DualEncoder):
         self.tokenizer = tokenizer or build_tokenizer(cfg)
         self.image_encoder = ImageEncoder(
             cfg.model_name,
-            cfg.pretrained and cfg.image_pretrained,
-            cfg.trainable and cfg.image_trainable,
+            cfg.pretrained,
+            cfg.trainable,
             cfg.image_weights,
             cfg.size,
         )
         self.text_encoder = TextEncoder(
             cfg.text_encoder_model,
-            cfg.pretrained and cfg.text_pretrained,
-            cfg.trainable and cfg.text_trainable,
+            cfg.pretrained,
+            cfg.trainable,
             cfg.text_pooling,
             len(self.tokenizer),
             text_config,
@@ -226,7 +220,7 @@ class CLIPModel(DualEncoder):
         self.register_buffer("mean", 255 * torch.tensor(self.image_encoder.mean).view(shape), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(self.image_encoder.std).view(shape), persistent=False)
         freeze(self, cfg)
-        self.apply_precision()
+        self.apply_memory_format()
 
     @property
     def towers(self) -> dict[str, nn.Module]:
@@ -242,8 +236,8 @@ class CLIPModel(DualEncoder):
         """The transformers configuration that, with `cfg`, rebuilds this model without a hub."""
         return self.text_encoder.model.config
 
-    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.image_projection(self.image_encoder(pixels))  # (B, 3, S, S) -> (B, D) -> (B, P)
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.image_projection(self.image_encoder(pixel_values))  # (B, 3, S, S) -> (B, D) -> (B, P)
 
     def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.text_projection(features_in_chunks(self.text_encoder, input_ids, attention_mask))

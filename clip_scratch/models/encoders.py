@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 
 import torch
@@ -85,30 +84,6 @@ class ImageEncoder(Tower):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model(pixels)  # (B, 3, S, S) -> (B, D)
-
-
-def compute_trained_part_in_fp32(network: nn.Module, on: bool = True) -> None:
-    """Let autocast reach the frozen blocks of a tower alone: the others compute, and take their input, in fp32.
-
-    `on=False` lets it reach all of them again.
-    """
-    for child in network.children():
-        for unit in child if isinstance(child, nn.Sequential | nn.ModuleList) else [child]:
-            unit.__dict__.pop("forward", None)
-            if on and any(p.requires_grad for p in unit.parameters()):
-                # a bound method, so that a deep copy of the tower (the averaged model) calls its own weights
-                unit.forward = types.MethodType(_forward_in_fp32, unit)
-
-
-def _forward_in_fp32(self: nn.Module, *inputs: object, **named: object) -> object:
-    """The module's own forward, out of autocast's reach."""
-    inputs = [_in_fp32(value) for value in inputs]
-    with torch.autocast(next(self.parameters()).device.type, enabled=False):
-        return type(self).forward(self, *inputs, **{name: _in_fp32(value) for name, value in named.items()})
-
-
-def _in_fp32(value: object) -> object:
-    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 class TextEncoder(Tower):

@@ -1,11 +1,11 @@
-"""Which parameters of a tower train: one vocabulary for every tower, ours or a pretrained CLIP's.
+"""Which parameters of a tower stay fixed: one vocabulary for every tower, ours or a pretrained CLIP's.
 
-frozen    neither the tower nor its head
-heads     the head alone
-first:N   all but the stem and the first N blocks
-last:N    the last N blocks, what follows them, and the head
-lora      low-rank updates of the blocks' weights, and the head (Hu et al. 2021, arXiv:2106.09685)
-full      everything
+none            nothing: the whole tower and its head train
+first:N         the stem and the first N blocks
+all-but-last:N  everything below the last N blocks
+backbone        the tower; its head trains
+all             the tower and its head
+lora            the tower, but for low-rank updates of its blocks (Hu et al. 2021, arXiv:2106.09685); its head trains
 
 A block is a transformer layer, or a stage of a convolutional network.
 """
@@ -34,43 +34,38 @@ class Place(NamedTuple):
     is_lora: bool
 
 
-def policies(cfg: CFG) -> dict[str, str]:
-    """What each tower's freezing comes to: the tutorial's `trainable=False` means that only its head trains."""
-    asked = {"image": (cfg.image_freezing, cfg.image_trainable), "text": (cfg.text_freezing, cfg.text_trainable)}
-    return {
-        part: policy if policy == "frozen" or (cfg.trainable and trainable) else "heads"
-        for part, (policy, trainable) in asked.items()
-    }
+def frozen_parts(cfg: CFG) -> dict[str, str]:
+    """What stays fixed in the "image" and the "text" tower; the tutorial's `trainable=False` means the backbone."""
+    asked = {"image": cfg.image_freeze, "text": cfg.text_freeze}
+    return {tower: value if value == "all" or cfg.trainable else "backbone" for tower, value in asked.items()}
 
 
 def freeze(model: nn.Module, cfg: CFG) -> None:
-    """Set what trains in a dual encoder, by `image_freezing` and `text_freezing`.
+    """Freeze the towers and heads of a dual encoder by `image_freeze` and `text_freeze`.
 
-    Raises UserError where a tower has fewer blocks than are to be frozen or trained, where nothing would train,
-    and for lora without PEFT.
+    Raises UserError where a tower has too few blocks, where nothing would train, and for lora without PEFT.
     """
-    asked = policies(cfg)
-    if set(asked.values()) == {"frozen"}:
-        raise UserError("nothing to train: image_freezing and text_freezing are both frozen")
-    for part, policy in asked.items():
-        tower, head = model.towers[part], model.heads[part]
-        _freeze_tower(tower, policy, f"{part}_freezing", cfg.lora_rank)
-        head.requires_grad_(policy != "frozen")  # after the tower: SigLIP's heads are parts of its towers
+    asked = frozen_parts(cfg)
+    if set(asked.values()) == {"all"}:
+        raise UserError("nothing to train: image_freeze and text_freeze are both all")
+    for tower, value in asked.items():
+        _freeze_tower(model.towers[tower], value, f"{tower}_freeze", cfg.lora_rank)
+        model.heads[tower].requires_grad_(value != "all")  # after the tower: SigLIP's heads are parts of its towers
 
 
-def _freeze_tower(tower: nn.Module, policy: str, setting: str, rank: int) -> None:
-    kind, _, count = policy.partition(":")
-    if kind == "lora":
+def _freeze_tower(tower: nn.Module, value: str, setting: str, rank: int) -> None:
+    word, _, count = value.partition(":")
+    if word == "lora":
         _add_lora(tower, rank, setting)
         return
     number, depth = blocks(tower)
     n = int(count or 0)
-    if kind == "first" and n >= depth:
-        raise UserError(f"{setting} {policy}: the tower has {depth} blocks, and one must train (or set it to heads)")
-    if kind == "last" and n > depth:
-        raise UserError(f"{setting} {policy}: the tower has {depth} blocks")
-    nothing = depth + 2
-    lowest = {"frozen": nothing, "heads": nothing, "full": 0, "first": n + 1, "last": depth - n + 1}[kind]
+    if word == "first" and n >= depth:
+        raise UserError(f"{setting} {value}: the tower has {depth} blocks. To freeze them all, set it to backbone")
+    if word == "all-but-last" and n > depth:
+        raise UserError(f"{setting} {value}: the tower has {depth} blocks")
+    above = depth + 2  # nothing trains
+    lowest = {"none": 0, "first": n + 1, "all-but-last": depth - n + 1, "backbone": above, "all": above}[word]
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(number[name] >= lowest)
 

@@ -84,7 +84,7 @@ class HFCLIPModel(DualEncoder):
         self.register_buffer("max_log_scale", highest.clone())
         self.log_scale.requires_grad_(cfg.loss != "soft_target")
         freeze(self, cfg)
-        self.apply_precision()
+        self.apply_memory_format()
 
     @property
     def towers(self) -> dict[str, nn.Module]:
@@ -114,9 +114,10 @@ class HFCLIPModel(DualEncoder):
         """The transformers configuration that, with `cfg`, rebuilds this model without a hub."""
         return self.hf.config
 
-    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         naflex = self.hf.config.model_type == "siglip2"
-        inputs = _patches(pixels, self.hf.config.vision_config.patch_size) if naflex else {"pixel_values": pixels}
+        patch = self.hf.config.vision_config.patch_size
+        inputs = _patches(pixel_values, patch) if naflex else {"pixel_values": pixel_values}
         return self.hf.get_image_features(**inputs).pooler_output  # (B, P)
 
     def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -142,8 +143,8 @@ def _is_clip(hf: nn.Module) -> bool:
 
 # Settings of the encoders and heads that are built from scratch; a pretrained CLIP has its own.
 _FROM_SCRATCH = (
-    "image_weights", "image_pretrained", "image_dropout", "text_encoder_model", "text_pooling", "text_pretrained",
-    "text_dropout", "head", "projection_dim", "dropout", "temperature",
+    "image_weights", "image_dropout", "text_encoder_model", "text_pooling", "text_dropout", "head", "projection_dim",
+    "dropout", "temperature",
 )  # fmt: skip
 
 
@@ -202,7 +203,7 @@ def _load(auto_class, name: str, what: str, **options: object):
 
 
 def _image_geometry(cfg: CFG) -> dict[str, object]:
-    """size, resize, crop_from, interpolation, mean and std of the model's own image processor.
+    """size, resize, interpolation, mean and std of the model's own image processor.
 
     SigLIP 2 for images of any shape (NaFlex) keeps their shape; here they are stretched to its square.
     """
@@ -224,8 +225,7 @@ def _image_geometry(cfg: CFG) -> dict[str, object]:
         raise UserError(f"model_name: {cfg.model_name} has a {type(processor).__name__}, which does not tell its size")
     return {
         "size": int(side),
-        "resize": "crop" if crop else "stretch",
-        "crop_from": short if crop and short and short != side else 0,
+        "resize": (f"crop:{short}" if short and short != side else "crop") if crop else "stretch",
         "interpolation": _FILTERS.get(int(processor.resample), "bicubic"),
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),

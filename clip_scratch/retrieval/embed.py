@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from ..data.captions import image_folder
 from ..data.images import load_image
+from ..data.loaders import Batch, on_device
 from ..data.tokenizer import tokenize
 from ..errors import UserError
-from ..models.clip import CLIPModel
-from ..training.checkpoint import load
-from ..training.engine import autocast
+from ..models.clip import CLIPModel, DualEncoder
+from ..models.saved import load
 
 ImageLike = str | Path | Image.Image | np.ndarray
 
@@ -31,7 +31,7 @@ def _pixels(image: ImageLike, transform) -> torch.Tensor:
     return transform(image=array)["image"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_image(
     model: CLIPModel, images: ImageLike | Sequence[ImageLike], batch_size: int = 64, progress: bool = False
 ) -> torch.Tensor:
@@ -45,12 +45,11 @@ def encode_image(
     rows = [torch.empty(0, model.cfg.projection_dim)]
     for start in tqdm(range(0, len(images), batch_size), desc="images", unit="batch", disable=not progress):
         pixels = torch.stack([_pixels(image, transform) for image in images[start : start + batch_size]])
-        with autocast(model.cfg, model.device):
-            rows.append(model.encode_image(pixels.to(model.device)).float().cpu())
+        rows.append(model.encode_image(pixels.to(model.device)).cpu())
     return torch.cat(rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_text(
     model: CLIPModel, captions: str | Sequence[str], batch_size: int = 256, progress: bool = False
 ) -> torch.Tensor:
@@ -63,9 +62,8 @@ def encode_text(
     for start in tqdm(range(0, len(captions), batch_size), desc="captions", unit="batch", disable=not progress):
         rows = order[start : start + batch_size]
         input_ids, attention_mask = table.batch(rows)
-        with autocast(model.cfg, model.device):
-            embeddings = model.encode_text(input_ids.to(model.device), attention_mask.to(model.device))
-        out[torch.from_numpy(rows)] = embeddings.float().cpu()
+        embeddings = model.encode_text(input_ids.to(model.device), attention_mask.to(model.device))
+        out[torch.from_numpy(rows)] = embeddings.cpu()
     return out
 
 
@@ -80,3 +78,18 @@ def get_image_embeddings(valid_df: pd.DataFrame, model_path: str | Path) -> tupl
     folder = image_folder(model.cfg, valid_df)
     embeddings = encode_image(model, [folder / name for name in names], progress=True)
     return model, embeddings[torch.from_numpy(numbers)]
+
+
+@torch.no_grad()
+def embed_batches(model: DualEncoder, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings of all images (N, P) and captions (C, P) of a loader, and the image row of each caption (C,)."""
+    model.eval()
+    images, texts, ids, caption_ids = [], [], [], []
+    for batch in on_device(batches, model.device):
+        image_embeddings, text_embeddings = model(batch)
+        images.append(image_embeddings.cpu())
+        texts.append(text_embeddings.cpu())
+        ids.append(batch["image_ids"].cpu())
+        caption_ids.append(batch["caption_image_ids"].cpu())
+    order, rows = torch.cat(ids).sort()
+    return torch.cat(images), torch.cat(texts), rows[torch.searchsorted(order, torch.cat(caption_ids))]

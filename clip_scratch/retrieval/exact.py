@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from ..device import computes_in_bf16
 from ..errors import UserError
-from ..training.device import computes_in_bf16
 
 HALF_FROM = 2**22  # numbers (N * P) from which a bf16 copy pays: fewer, 16 MB of float32, stay in the cache
 _BLOCKS = 64  # rows of which only the best counts when the k-th best score is bounded from below

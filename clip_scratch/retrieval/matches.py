@@ -14,6 +14,7 @@ import torch
 from ..data.captions import image_folder
 from ..data.images import load_image
 from ..errors import UserError
+from ..files import write_figure
 from ..models.clip import CLIPModel
 from .embed import ImageLike, encode_image, encode_text
 from .exact import ExactSearch
@@ -39,11 +40,11 @@ class Matches(Sequence):
     def figure(self):
         """A matplotlib figure: a square grid of the images under the query."""
         columns = max(1, int(np.ceil(np.sqrt(len(self)))))
-        return draw([self], columns)
+        return draw_matches([self], columns)
 
     def save(self, path: str | Path) -> Path:
         """Write the grid to a PNG (or whatever the file's ending says)."""
-        return _write(self.figure(), path)
+        return write_figure(self.figure(), path)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -51,7 +52,7 @@ class Matches(Sequence):
         return buffer.getvalue()
 
 
-def draw(results: Sequence[Matches], columns: int):
+def draw_matches(results: Sequence[Matches], columns: int):
     """A figure with `columns` images a line, each query's images under its words, best first."""
     from matplotlib.figure import Figure
 
@@ -77,16 +78,7 @@ def draw(results: Sequence[Matches], columns: int):
 
 def save_grid(results: Sequence[Matches], path: str | Path, columns: int) -> Path:
     """Write several queries' results, one below the other, to one picture."""
-    return _write(draw(results, columns), path)
-
-
-def _write(figure, path: str | Path) -> Path:
-    path = Path(path)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # matplotlib raises ValueError for an ending it does not know
-        raise UserError(f"cannot write the picture {path}: {error}") from error
-    return path
+    return write_figure(draw_matches(results, columns), path)
 
 
 def _search(embeddings: torch.Tensor | ExactSearch) -> ExactSearch:

@@ -1,90 +1,129 @@
 """precision="auto": each tower's fastest precision and memory format, measured when a run starts.
 
-No rule of thumb holds everywhere: bf16 halves or thirds the time of dense layers where the processor has it, yet
-slows the backward pass of depthwise convolutions on a CPU; channels_last helps most convolutions, not all.
+No rule of thumb holds everywhere: bf16 makes dense layers two or three times as fast where the processor has it, yet
+slows the backward pass of depthwise convolutions on a CPU; channels_last helps most convolutions, not all. The choice
+is remembered in the cache folder, so that two runs on one machine agree and only the first one measures.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..config import CFG
-from ..data.loaders import Batch
+from ..data.loaders import Batch, to_device
+from ..device import computes_in_bf16
+from ..files import cache_folder, write_json
 from ..models.clip import DualEncoder
-from .device import computes_in_bf16
-from .engine import autocast
+from ..models.precision import default_precision
 
-WORTH_MEASURING = 200  # optimiser steps: a shorter run would not win back the seconds that measuring takes
-_CPU_IMAGES, _GPU_IMAGES = 16, 64  # a part of a batch tells as much, sooner
+MIN_STEPS = 200  # a shorter run would not win back the seconds that measuring takes
+_CPU_IMAGES, _GPU_IMAGES = 16, 64  # a part of a batch is enough
 _STEPS = 3
 _HOPELESS = 1.5  # a first step this many times the best time decides
 _CLEARLY = 0.9  # of the best time: noise alone should not change a run's arithmetic
 
 
-def tune(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, str]:
-    """`cfg` with precision, image_precision, text_precision and channels_last as they are fastest, and why.
+def choose_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, str]:
+    """`cfg` with the fastest precision of each tower and the fastest memory format, and a message with the times.
 
-    Each tower runs forward and backward on a few images and their captions of `batch`, on a copy of the model; the
-    model itself and the random state are left as they are. fp32 is tried against bf16 where the processor has
-    bf16, for the image tower in both memory formats; a precision that `cfg` sets to fp32 stays. Results in bf16
-    agree with fp32 to about two decimals of a cosine (tests/test_autotune.py).
+    From the cache folder where this machine has measured these towers before.
     """
-    has_bf16 = computes_in_bf16(model.device)
+    path = _record_path(model, batch, cfg)
+    try:
+        record = json.loads(path.read_text()) if path else {}
+        choice = dataclasses.replace(cfg, precision=record["precision"], channels_last=record["channels_last"])
+        return choice, f"{record['message']} (measured before, {path.name})"
+    except (OSError, ValueError, KeyError):
+        choice, message = measure_precision(model, batch, cfg)
+    record = {"precision": choice.precision, "channels_last": choice.channels_last, "message": message}
+    try:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, record)
+    except OSError:  # then the next run measures too
+        pass
+    return choice, message
+
+
+def _record_path(model: DualEncoder, batch: Batch, cfg: CFG) -> Path | None:
+    """Where the choice for these towers, shapes and this machine is remembered; None without a cache folder."""
+    try:
+        folder = cache_folder(cfg)
+    except OSError:
+        return None
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    machine = [device.type, name, computes_in_bf16(device), torch.get_num_threads(), torch.__version__]
+    towers = [(repr(tower), [p.requires_grad for p in tower.parameters()]) for tower in model.towers.values()]
+    shapes = [batch["pixel_values"].shape[1:], batch["input_ids"].shape[1]]
+    digest = hashlib.sha256(repr([machine, towers, shapes]).encode()).hexdigest()[:16]
+    return folder / f"precision-{digest}.json"
+
+
+def _processor() -> str:
+    """The processor's name; platform.processor() is empty or vague on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def measure_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, str]:
+    """As `choose_precision`, always measured.
+
+    Each tower runs forward and backward on a few images and captions of `batch`, on a copy of the model; the model
+    itself and the random state are not changed. Embeddings in bf16 agree with fp32 to about two decimals of a cosine
+    (tests/test_autotune.py).
+    """
     n = _CPU_IMAGES if model.device.type == "cpu" else _GPU_IMAGES
     ids = batch["image_ids"][:n]
     captions = torch.isin(batch["caption_image_ids"], ids)
-    few = {"pixels": batch["pixels"][:n]} | {k: batch[k][captions] for k in ("input_ids", "attention_mask")}
-    few = {k: v.to(model.device) for k, v in few.items()}
-
-    def precisions(part: str, asked: str) -> list[str]:
-        trains = any(p.requires_grad for p in model.towers[part].parameters())  # fp32 is for the part that trains
-        return ["same", "fp32"] if has_bf16 and trains and asked == "same" else [asked]
-
+    few = {"pixel_values": batch["pixel_values"][:n]} | {k: batch[k][captions] for k in ("input_ids", "attention_mask")}
+    few = to_device(few, model.device)
+    precisions = list(dict.fromkeys([default_precision(model.device), "fp32"]))
     trial = copy.deepcopy(model).train()
-    cfg = dataclasses.replace(cfg, precision="bf16" if has_bf16 else "fp32")
-    lines = []
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        layouts = [(p, layout) for p in precisions("image", cfg.image_precision) for layout in (True, False)]
         choices = {
-            f"{_name(p, has_bf16)} {'channels_last' if layout else 'contiguous'}":
-                dataclasses.replace(cfg, image_precision=p, channels_last=layout)
-            for p, layout in layouts
+            f"{p} {'channels_last' if layout else 'contiguous'}":
+                dataclasses.replace(cfg, precision=p, channels_last=layout)
+            for p in precisions for layout in (True, False)
         }  # fmt: skip
-        cfg, line = _fastest(choices, lambda choice: _step(trial, "image", few, choice))
-        lines.append(f"image tower, {len(few['pixels'])} images: {line}")
-        choices = {
-            _name(p, has_bf16): dataclasses.replace(cfg, text_precision=p)
-            for p in precisions("text", cfg.text_precision)
-        }
-        cfg, line = _fastest(choices, lambda choice: _step(trial, "text", few, choice))
-        lines.append(f"text tower, {len(few['input_ids'])} captions: {line}")
-    return cfg, "\n".join(f"precision of the {line}" for line in lines)
+        image, image_line = _fastest(choices, lambda choice: _step(trial, "image", few, choice))
+        choices = {p: dataclasses.replace(image, precision=p) for p in precisions}
+        text, text_line = _fastest(choices, lambda choice: _step(trial, "text", few, choice))
+    same = "fp16" in precisions or image.precision == text.precision  # fp16 has one gradient scaler for both towers
+    precision = image.precision if same else f"{image.precision}/{text.precision}"
+    message = (
+        f"precision of the image tower, {len(few['pixel_values'])} images: {image_line}\n"
+        f"precision of the text tower, {len(few['input_ids'])} captions: {text_line}"
+    )
+    return dataclasses.replace(image, precision=precision), message
 
 
-def _name(precision: str, has_bf16: bool) -> str:
-    return "bf16" if precision == "same" and has_bf16 else "fp32"
-
-
-def _step(model: DualEncoder, part: str, batch: Batch, cfg: CFG) -> Callable[[], None]:
+def _step(model: DualEncoder, tower: str, batch: Batch, cfg: CFG) -> Callable[[], None]:
     """One forward and backward pass of a tower and its head, by `cfg`."""
     model.cfg = cfg
-    model.apply_precision()
+    model.apply_memory_format()
 
     def step() -> None:
-        with autocast(cfg, model.device):
-            if part == "image":
-                embeddings = model.encode_image(batch["pixels"])
-            else:
-                embeddings = model.encode_text(batch["input_ids"], batch["attention_mask"])
-        if embeddings.requires_grad:  # not of a tower that is frozen with its head
+        if tower == "image":
+            embeddings = model.encode_image(batch["pixel_values"])
+        else:
+            embeddings = model.encode_text(batch["input_ids"], batch["attention_mask"])
+        if embeddings.requires_grad:  # not where the tower and its head are frozen
             embeddings.sum().backward()
         nn.Module.zero_grad(model)
         if model.device.type == "cuda":
@@ -106,8 +145,8 @@ def _fastest(choices: dict[str, CFG], step_of: Callable[[CFG], Callable]) -> tup
 
 
 def _seconds(step: Callable[[], None], hopeless: float) -> float:
-    """The median time of a few steps after a first that warms up, or of one that is hopeless already."""
-    step()  # libraries build and keep their kernels for new shapes
+    """The median time of a few steps after a first one that warms up, or of one that is hopeless already."""
+    step()  # libraries build and cache their kernels for new shapes
     seconds = []
     for _ in range(_STEPS):
         began = time.perf_counter()

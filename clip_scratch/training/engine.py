@@ -5,169 +5,199 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from itertools import islice
 
 import torch
 from torch import nn
 
 from ..config import CFG
-from ..data.loaders import Batch, Loader
+from ..data.loaders import Batch, on_device
 from ..errors import UserError
 from ..evaluation.retrieval import recall_at_k
-from .device import computes_in_bf16
+from ..retrieval.embed import embed_batches
 from .losses import LOSSES
 
-Item = TypeVar("Item")
+# (image_embeddings (B, P), text_embeddings (C, P), logit_scale, image_ids (B,), caption_image_ids (C,),
+# caption_ids (C,)) -> a scalar
+Loss = Callable[..., torch.Tensor]
+
+_READ_EVERY = 16  # optimizer steps on a GPU between two reads of the losses, each of which waits for the GPU
 
 
 @dataclass
-class Step:
-    """What one optimiser step did, for whoever watches: the progress bar, the log, the checkpoint."""
+class EpochStats:
+    """What an epoch did, or a few of its steps; losses and times are sums."""
 
-    number: int  # batches of this epoch done, this step's included
-    loss: float  # mean of its batches
-    batches: int
-    images: int
-    captions: int
-    seconds: float  # data and computation of this step
-    spread: float  # mean cosine of two different images of the batch: near 1, the embeddings have collapsed
+    steps: int = 0  # optimizer steps
+    batches: int = 0
+    images: int = 0
+    captions: int = 0
+    loss_sum: float = 0.0  # over batches
+    seconds: float = 0.0  # data and computation
+    spread: float = 0.0  # mean cosine of two different images in the last batch: near 1, the embeddings have collapsed
 
+    @property
+    def loss(self) -> float:
+        """The mean loss of a batch; NaN without a batch."""
+        return self.loss_sum / self.batches if self.batches else math.nan
 
-def autocast(cfg: CFG, device: torch.device):
-    """The autocast context of `precision`; a context that does nothing for fp32.
+    @property
+    def pairs_per_second(self) -> float:
+        """Captions seen with their image, per second."""
+        return self.captions / max(self.seconds, 1e-9)
 
-    A model that was trained in bf16 may come to a processor without it, which would emulate it, many times slower
-    than fp32.
-    """
-    if cfg.precision == "fp16":
-        return torch.autocast(device.type, torch.float16)
-    if cfg.precision == "fp32" or not computes_in_bf16(device):
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches with their tensors on `device`; for a GPU the next is made while it computes on the present."""
-    if device.type == "cpu":  # there the two would only take each other's cores
-        return iter(batches)
-    return prefetched(to_device(batch, device) for batch in batches)
-
-
-def prefetched(items: Iterator[Item]) -> Iterator[Item]:
-    """The items in their order, each made one ahead by a thread."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(next, items, None)
-        while (item := ahead.result()) is not None:
-            ahead = thread.submit(next, items, None)
-            yield item
-
-
-def loss_of(model: nn.Module, batch: Batch, cfg: CFG) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a batch, and its image embeddings (B, P). The towers run in `precision`, the loss in fp32."""
-    with autocast(cfg, model.device):
-        image_embeddings, text_embeddings = model(batch)  # (B, P), (C, P)
-    loss = LOSSES[cfg.loss]
-    if cfg.loss == "sigmoid":
-        loss = partial(loss, logit_bias=model.logit_bias)
-    ids = batch["image_ids"], batch["caption_image_ids"], batch["caption_ids"]
-    return loss(image_embeddings, text_embeddings, model.logit_scale, *ids), image_embeddings
+    def add(self, other: EpochStats) -> None:
+        """Count the steps of `other` too."""
+        for name in ("steps", "batches", "images", "captions", "loss_sum", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.spread = other.spread
 
 
 def train_epoch(
     model: nn.Module,
-    loader: Loader,
+    loader: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     cfg: CFG,
     *,
-    step_scheduler: torch.optim.lr_scheduler.LambdaLR | None = None,
+    loss: Loss | None = None,
+    step_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     scaler: torch.amp.GradScaler | None = None,
     average: nn.Module | None = None,
-    on_step: Callable[[Step], object] = lambda step: None,
-) -> None:
-    """One pass over `loader`'s batches: forward, loss, backward, and every `accumulation` batches a step.
+    on_step: Callable[[EpochStats], object] = lambda steps: None,
+) -> EpochStats:
+    """One pass over any loader of batches: forward, loss, backward, and every `accumulation` batches a step.
 
-    The gradients of those batches are averaged, and clipped together; the negatives of a caption are still those
-    of its own batch. `average` is an exponential moving average of the model to update, if any. `on_step` sees
-    every step and may raise to stop between two steps. Raises UserError at a non-finite loss or gradient, before
-    it reaches the weights.
+    `loss` takes the arguments of `contrastive_loss`; the default is the one of `cfg.loss`. The gradients of the
+    batches of a step are averaged and clipped together; the negatives of a caption are those of its own batch.
+    `average` is a WeightAverage to update. `on_step` receives the statistics of the steps since its last call (one
+    step on a CPU, up to 16 on a GPU) and may raise to stop between two steps. Raises UserError at a loss or gradient
+    that is not finite: on a CPU before it reaches the weights, on a GPU within 16 steps.
     """
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    last = len(loader.batches)
-    began, done = time.perf_counter(), []
-    for number, batch in enumerate(on_device(loader, model.device), start=loader.batches.skip + 1):
-        loss, image_embeddings = loss_of(model, batch, cfg)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise _not_finite("loss", value, number, batch)
-        if not done:
-            optimizer.zero_grad(set_to_none=True)
-            together = min(cfg.accumulation, last - number + 1)  # fewer at the end of an epoch
-        loss = loss / together
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        done.append((value, len(batch["image_ids"]), len(batch["caption_ids"])))
-        if len(done) < together:
-            continue
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if cfg.grad_clip and norm > cfg.grad_clip:  # else a pass over all gradients would multiply them by one
-            nn.utils.clip_grads_with_norm_(trained, cfg.grad_clip, norm)
-        if scaler is None:
-            if not math.isfinite(norm.item()):  # a finite loss may have such a gradient; a scaler skips the step
-                raise _not_finite("gradient's norm", norm.item(), number, batch)
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-        if step_scheduler is not None:
-            step_scheduler.step()
+    loss = loss or loss_function(model, cfg)
+    params = [p for p in model.parameters() if p.requires_grad]
+    read_every = _READ_EVERY if model.device.type == "cuda" else 1
+    total, unread, began = EpochStats(), _Unread(scaler is not None), time.perf_counter()
+    for batches in _groups(on_device(loader, model.device), cfg.accumulation):
+        optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            unread.add(batch, *backward(model, batch, loss, scaler, share=1 / len(batches)))
+        unread.norms.append(_clip_gradients(params, optimizer, scaler, cfg.grad_clip))
+        steps = unread.read(total.batches) if len(unread.norms) == read_every else None
+        _step(optimizer, scaler, step_scheduler)
         if average is not None:
             average.update_parameters(model)
-        now = time.perf_counter()
-        losses, images, captions = map(sum, zip(*done, strict=True))
-        on_step(Step(number, losses / together, together, images, captions, now - began, _spread(image_embeddings)))
-        began, done = time.perf_counter(), []
+        if steps is not None:
+            unread, began = _Unread(scaler is not None), _report(steps, total, on_step, began)
+    if unread.norms:
+        _report(unread.read(total.batches), total, on_step, began)
+    return total
 
 
-def _not_finite(what: str, value: float, number: int, batch: Batch) -> UserError:
-    names = ", ".join(batch["names"][:8]) + (", ..." if len(batch["names"]) > 8 else "")
-    return UserError(f"the {what} is {value} at step {number} of this epoch; the batch's images: {names}")
+def loss_function(model: nn.Module, cfg: CFG) -> Loss:
+    """The loss of `cfg.loss`."""
+    loss = LOSSES[cfg.loss]
+    return partial(loss, logit_bias=model.logit_bias) if cfg.loss == "sigmoid" else loss
 
 
-def _spread(embeddings: torch.Tensor) -> float:
-    """Mean cosine of two different rows of (B, P) normalised embeddings."""
+def compute_loss(model: nn.Module, batch: Batch, loss: Loss) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a batch, in fp32, and its image embeddings (B, P)."""
+    image_embeddings, text_embeddings = model(batch)  # (B, P), (C, P)
+    ids = batch["image_ids"], batch["caption_image_ids"], batch.get("caption_ids")
+    return loss(image_embeddings, text_embeddings, model.logit_scale, *ids), image_embeddings
+
+
+def backward(
+    model: nn.Module, batch: Batch, loss: Loss, scaler: torch.amp.GradScaler | None, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `share` of the gradients of a batch's loss to those of the model; the loss and the spread of its images."""
+    value, image_embeddings = compute_loss(model, batch, loss)
+    scaled = value if share == 1 else value * share
+    (scaled if scaler is None else scaler.scale(scaled)).backward()
+    return value.detach(), spread(image_embeddings.detach())
+
+
+def spread(embeddings: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of two different rows of (B, P) normalised embeddings, a scalar."""
     n = len(embeddings)
-    total = embeddings.detach().sum(0).square().sum().item()  # sum of all cosines, the n of a row with itself included
+    total = embeddings.sum(0).square().sum()  # sum of all cosines, the n of a row with itself included
     return (total - n) / max(1, n * (n - 1))
 
 
-@torch.inference_mode()
-def embed(model: nn.Module, loader: Iterable[Batch], cfg: CFG) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings of all images (N, P) and captions (C, P) of a loader, and the image row of each caption (C,)."""
-    model.eval()
-    images, texts, ids, caption_ids = [], [], [], []
-    for batch in on_device(loader, model.device):
-        with autocast(cfg, model.device):
-            image_embeddings, text_embeddings = model(batch)
-        images.append(image_embeddings.float().cpu())
-        texts.append(text_embeddings.float().cpu())
-        ids.append(batch["image_ids"].cpu())
-        caption_ids.append(batch["caption_image_ids"].cpu())
-    order, rows = torch.cat(ids).sort()
-    own = rows[torch.searchsorted(order, torch.cat(caption_ids))]
-    return torch.cat(images), torch.cat(texts), own
+def _groups(batches: Iterator[Batch], n: int) -> Iterator[list[Batch]]:
+    """The batches of each optimizer step; the last step of an epoch may have fewer than `n`."""
+    while group := list(islice(batches, n)):
+        yield group
 
 
-def valid_epoch(model: nn.Module, loader: Iterable[Batch], cfg: CFG) -> dict[str, float]:
-    """The recalls of `model` on a validation loader, as `recall_at_k` gives them."""
-    return recall_at_k(*embed(model, loader, cfg))
+def _clip_gradients(params, optimizer, scaler, largest: float) -> torch.Tensor:
+    """Scale the gradients down to the norm `largest`, unless it is 0, and return their norm before, a scalar."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    # Otherwise a pass over all gradients would multiply them by one; a GPU would have to be asked, and waited for
+    if largest and (norm.device.type != "cpu" or norm > largest):
+        nn.utils.clip_grads_with_norm_(params, largest, norm)
+    return norm
+
+
+def _step(optimizer, scaler, step_scheduler) -> None:
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    if step_scheduler is not None:
+        step_scheduler.step()
+
+
+def _report(steps: EpochStats, total: EpochStats, on_step: Callable[[EpochStats], object], began: float) -> float:
+    """Take the time of the steps, count them, show them to `on_step`, and return the time now."""
+    steps.seconds = time.perf_counter() - began
+    total.add(steps)
+    on_step(steps)
+    return time.perf_counter()
+
+
+@dataclass
+class _Unread:
+    """Losses and gradient norms that are still on the device."""
+
+    is_scaled: bool  # a gradient scaler skips the step of a gradient that is not finite
+    losses: list[torch.Tensor] = field(default_factory=list)
+    norms: list[torch.Tensor] = field(default_factory=list)
+    names: list[list[str]] = field(default_factory=list)
+    stats: EpochStats = field(default_factory=EpochStats)
+    spread: torch.Tensor | None = None
+
+    def add(self, batch: Batch, loss: torch.Tensor, spread: torch.Tensor) -> None:
+        self.losses.append(loss)
+        self.names.append(batch.get("names", []))
+        self.stats.batches += 1
+        self.stats.images += len(batch["image_ids"])
+        self.stats.captions += len(batch["caption_image_ids"])
+        self.spread = spread
+
+    def read(self, batches_before: int) -> EpochStats:
+        """The statistics of these steps, in one read. Raises UserError at a number that is not finite."""
+        losses = torch.stack(self.losses).tolist()
+        norms = [] if self.is_scaled else torch.stack(self.norms).tolist()
+        for what, values in (("loss", losses), ("gradient norm", norms)):
+            for i, value in enumerate(values):
+                if not math.isfinite(value):
+                    batch = i if what == "loss" else min(len(losses), (i + 1) * -(-len(losses) // len(norms))) - 1
+                    raise _not_finite(what, value, batches_before + batch + 1, self.names[batch])
+        self.stats.steps, self.stats.loss_sum, self.stats.spread = len(self.norms), sum(losses), self.spread.item()
+        return self.stats
+
+
+def _not_finite(what: str, value: float, number: int, names: list[str]) -> UserError:
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return UserError(f"the {what} is {value} at batch {number} of this pass; its images: {shown}")
+
+
+def valid_epoch(model: nn.Module, loader: Iterable[Batch], cfg: CFG | None = None) -> dict[str, float]:
+    """The recalls of `model` on a validation loader, as `recall_at_k` returns them; `cfg` as in the tutorial's call."""
+    return recall_at_k(*embed_batches(model, loader))

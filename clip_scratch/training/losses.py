@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-# Logits (B * C) from which a loss goes tile by tile. Measured on two cores: from here on tiles, which stay in the
-# cache, are the faster way as well, and the plain way takes 30 bytes a logit.
+from .tiled_losses import tiled_contrastive_loss, tiled_sigmoid_loss
+
+# Number of logits (B * C) from which a loss is computed in tiles. Measured on two cores: from here on tiles, which
+# stay in the processor's cache, are faster as well, and the plain loss takes 30 bytes per logit.
 TILED_FROM = 2**22
-TILE = 2**21  # logits of a tile
 
 
 def positive_pairs(
@@ -27,8 +26,10 @@ def positive_pairs(
     positive = image_ids[:, None] == caption_image_ids[None, :]  # (B, C)
     if caption_ids is not None:
         words = caption_ids.unique(return_inverse=True)[1]  # (C,), numbered from 0
-        said = torch.zeros_like(positive.T, dtype=torch.float).index_add_(0, words, positive.T.float())  # (words, B)
-        positive = said[words].T > 0
+        described = torch.zeros_like(positive.T, dtype=torch.float).index_add_(
+            0, words, positive.T.float()
+        )  # (words, B)
+        positive = described[words].T > 0
     return positive
 
 
@@ -50,7 +51,7 @@ def contrastive_loss(
     """
     ids = image_ids, caption_image_ids, caption_ids
     if len(image_embeddings) * len(text_embeddings) >= TILED_FROM:
-        return _tiled_contrastive_loss(logit_scale * image_embeddings, text_embeddings, *ids)
+        return tiled_contrastive_loss(logit_scale * image_embeddings, text_embeddings, *ids)
     logits = logit_scale * image_embeddings @ text_embeddings.T  # (B, C)
     target = positive_pairs(*ids).to(logits.dtype)
     to_text = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
@@ -73,7 +74,7 @@ def sigmoid_loss(
     """
     ids = image_ids, caption_image_ids, caption_ids
     if len(image_embeddings) * len(text_embeddings) >= TILED_FROM:
-        return _tiled_sigmoid_loss(logit_scale * image_embeddings, text_embeddings, logit_bias, *ids)
+        return tiled_sigmoid_loss(logit_scale * image_embeddings, text_embeddings, logit_bias, *ids)
     logits = logit_scale * image_embeddings @ text_embeddings.T + logit_bias  # (B, C)
     sign = 2 * positive_pairs(*ids).to(logits.dtype) - 1
     return -F.logsigmoid(sign * logits).sum() / len(image_embeddings)
@@ -99,103 +100,6 @@ def soft_target_loss(
     similarity = (images @ images.T + text_embeddings @ text_embeddings.T) / 2
     target = (similarity / logit_scale).softmax(-1)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target.T)) / 2
-
-
-# ---- the same losses without a (B, C) matrix; `images` are multiplied by the logit scale already
-
-
-def _tiles(images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The images (B, P) in runs of rows that have about `TILE` logits each."""
-    return images.split(max(1, TILE // len(texts)))
-
-
-class _LogSumExps(torch.autograd.Function):
-    """The logsumexp of each row and of each column of images @ texts.T: (B, P), (C, P) -> (B,), (C,).
-
-    The logits of a tile live no longer than the tile; the backward pass computes them again.
-    """
-
-    @staticmethod
-    def forward(ctx, images, texts):
-        of_rows, of_columns = [], texts.new_full((len(texts),), -torch.inf)
-        for tile in _tiles(images, texts):
-            logits = tile @ texts.T  # (rows, C)
-            of_rows.append(logits.logsumexp(1))
-            of_columns = torch.logaddexp(of_columns, logits.logsumexp(0))
-        of_rows = torch.cat(of_rows)
-        ctx.save_for_backward(images, texts, of_rows, of_columns)
-        return of_rows, of_columns
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_rows, d_columns):
-        images, texts, of_rows, of_columns = ctx.saved_tensors
-        d_images, d_texts, end = [], torch.zeros_like(texts), 0
-        for tile in _tiles(images, texts):
-            rows = slice(end, end := end + len(tile))
-            logits = tile @ texts.T  # (rows, C)
-            d_logits = (logits - of_rows[rows, None]).exp_().mul_(d_rows[rows, None])  # softmax of the rows ...
-            d_logits += logits.sub_(of_columns).exp_().mul_(d_columns)  # ... and of the columns
-            d_images.append(d_logits @ texts)
-            d_texts.addmm_(d_logits.T, tile)
-        return torch.cat(d_images), d_texts
-
-
-class _Positives:
-    """The positives of every row and column as few sums, since `positive_pairs` would be (B, C), or worse (C, C).
-
-    Images with one id form a group, captions that read the same form another, and a link joins an image group to
-    a caption group that has one of its captions: at most C links, however many pairs are positive.
-    """
-
-    def __init__(self, image_ids, caption_image_ids, caption_ids=None):
-        distinct, groups = torch.cat([image_ids, caption_image_ids]).unique(return_inverse=True)
-        self.image_group, owner = groups.split([len(image_ids), len(caption_image_ids)])  # (B,), (C,)
-        if caption_ids is None:
-            caption_ids = torch.arange(len(owner), device=owner.device)
-        words, self.caption_group = caption_ids.unique(return_inverse=True)  # (C,)
-        links = (owner * len(words) + self.caption_group).unique()
-        self.links = links // len(words), links % len(words)  # image group, caption group
-        self.n_groups = len(distinct), len(words)
-
-    def of_images(self, images, texts):
-        """The sum of each image's positive logits, and their number: (B, P), (C, P) -> (B,), (B,)."""
-        groups = self.image_group, self.caption_group
-        return _linked_sums(images, texts, groups, self.links, self.n_groups)
-
-    def of_captions(self, images, texts):
-        """The sum of each caption's positive logits, and their number: (B, P), (C, P) -> (C,), (C,)."""
-        groups = self.caption_group, self.image_group
-        return _linked_sums(texts, images, groups, self.links[::-1], self.n_groups[::-1])
-
-
-def _linked_sums(rows, columns, groups, links, n_groups):
-    """For each row the sum of its dot products with the columns of the groups linked to its own, and their number."""
-    columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)  # the last dimension counts
-    sums = columns.new_zeros(n_groups[1], columns.shape[1]).index_add(0, groups[1], columns)
-    linked = columns.new_zeros(n_groups[0], columns.shape[1]).index_add(0, links[0], sums[links[1]])
-    total = linked[groups[0]]  # (rows, P + 1)
-    return (rows * total[:, :-1]).sum(1), total[:, -1]
-
-
-def _tiled_contrastive_loss(images, texts, *ids):
-    """`contrastive_loss`: a cross-entropy is the logsumexp less the mean over the positives."""
-    of_rows, of_columns = _LogSumExps.apply(images, texts)
-    positives = _Positives(*ids)
-    row_sum, row_count = positives.of_images(images, texts)
-    column_sum, column_count = positives.of_captions(images, texts)
-    return ((of_rows - row_sum / row_count).mean() + (of_columns - column_sum / column_count).mean()) / 2
-
-
-def _tiled_sigmoid_loss(images, texts, logit_bias, *ids):
-    """`sigmoid_loss`: every pair as a negative, and then less its logit if it is a positive."""
-
-    def as_negatives(tile):
-        return -F.logsigmoid(-(tile @ texts.T + logit_bias)).sum()
-
-    total = sum(checkpoint(as_negatives, tile, use_reentrant=False) for tile in _tiles(images, texts))
-    logits, count = _Positives(*ids).of_images(images, texts)
-    return (total - (logits + logit_bias * count).sum()) / len(images)
 
 
 LOSSES = {"infonce": contrastive_loss, "sigmoid": sigmoid_loss, "soft_target": soft_target_loss}

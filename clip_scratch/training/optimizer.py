@@ -1,13 +1,13 @@
-"""Parameter groups with three learning rates, and the two schedules."""
+"""Parameter groups with three learning rates, the two schedules, and the average of the weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
 
 from ..config import CFG
 from ..errors import UserError
@@ -72,17 +72,34 @@ def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int
     return LambdaLR(optimizer, multiplier)
 
 
-def build_average(model: nn.Module, cfg: CFG) -> AveragedModel | None:
-    """The exponential moving average of the weights at decay `ema`; None for 0.
+class WeightAverage(nn.Module):
+    """Exponential moving average of the trained weights of a model: `module` is the averaged model.
 
-    The decay grows from 0.1 to `ema` over the first steps, so that random heads are forgotten at once.
+    The decay grows from 0.1 to `decay` over the first steps, so that random heads are forgotten at once. Frozen weights are
+    shared with the model; buffers (batch-norm statistics) are averages already and are copied.
     """
-    if not cfg.ema:
-        return None
 
-    def blend(averages: list[torch.Tensor], weights: list[torch.Tensor], n: torch.Tensor | int) -> None:
-        decay = min(cfg.ema, (1 + int(n)) / (10 + int(n)))
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.module, self.decay, self.n_updates = copy.deepcopy(model), decay, 0
+        for averaged, parameter in zip(self.module.parameters(), model.parameters(), strict=True):
+            if not parameter.requires_grad:
+                averaged.data = parameter.data
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the weights of `model`; the first update copies them."""
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        averages, weights = zip(*((a, w) for a, w in pairs if w.requires_grad), strict=True)
+        decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates)) if self.n_updates else 0.0
         torch._foreach_lerp_(averages, weights, 1 - decay)
+        for averaged, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            averaged.copy_(buffer)
+        self.n_updates += 1
 
-    # Only parameters are averaged; buffers (batch-norm statistics) are averages already and are copied.
-    return AveragedModel(model, multi_avg_fn=blend)
+    def get_extra_state(self) -> int:
+        """The number of updates, as a part of the state dict."""
+        return self.n_updates
+
+    def set_extra_state(self, state: int) -> None:
+        self.n_updates = state

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 if TYPE_CHECKING:
-    from .scenes import Scene, Thing
+    from .write import Scene, Thing
 
 SIZE = 96  # side of a drawn scene, in pixels
 RADIUS = {"small": 0.09, "medium": 0.14, "big": 0.21}  # of a thing, in sides of the picture

@@ -1,11 +1,10 @@
-"""Save, load, resume. A run killed at any instant leaves only whole files behind.
+"""A saved model: the folder `best/` of a run, which needs nothing else to be loaded.
 
-runs/x/config.json      the settings
-runs/x/metrics.jsonl    a line per epoch
-runs/x/best/            model.safetensors (weights; epoch, metrics and git commit in its header), config.json,
-                        text_config.json (or clip_config.json, of a pretrained CLIP), metrics.json and the
-                        tokenizer's files: all that `load` needs
-runs/x/last/training.pt weights, optimiser, schedule, random states and progress: all that a resume needs
+model.safetensors    weights; epoch, metrics and git commit in its header
+config.json          the settings of the model
+text_config.json     the transformers configuration of the text tower (clip_config.json for a pretrained CLIP)
+metrics.json         epoch, metrics and git commit again, to be read by people
+tokenizer files
 """
 
 from __future__ import annotations
@@ -13,49 +12,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import random
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..config import CFG
 from ..errors import UserError
-from ..models.build import model_class
-from ..models.clip import DualEncoder
-from ..models.freezing import merged_state
+from ..files import write_atomically, write_json
+from .build import model_class
+from .clip import DualEncoder
+from .freezing import merged_state
 
-WEIGHTS, STATE, SETTINGS = "model.safetensors", "training.pt", "config.json"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, sync it, and rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete the temporary files that a killed process left anywhere in a run folder."""
-    for temporary in folder.rglob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: object) -> None:
-    """`content` as indented JSON, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 
 def git_commit() -> str:
@@ -119,7 +88,7 @@ def bare_model(best: Path, training: bool = False) -> DualEncoder:
         raise UserError(f"{best} is damaged: {str(error).splitlines()[0]}") from error
     bare = dataclasses.replace(cfg, pretrained=False, image_weights="", text_tokenizer="")
     if not training:
-        merged = {name: "full" for name in ("image_freezing", "text_freezing") if getattr(cfg, name) == "lora"}
+        merged = {name: "none" for name in ("image_freeze", "text_freeze") if getattr(cfg, name) == "lora"}
         bare = dataclasses.replace(bare, **merged)
     model = kind(bare, tokenizer, architecture)
     model.cfg = cfg
@@ -146,37 +115,3 @@ def load(path: str | Path, device: str = "cpu") -> DualEncoder:
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{best / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from error
     return model.to(device).eval()
-
-
-def random_states() -> dict[str, object]:
-    """The state of every random generator that training draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_states(states: dict) -> None:
-    """Put back what `random_states` returned."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def save_last(folder: Path, state: dict[str, object]) -> None:
-    """Replace `last/training.pt` in one rename."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / STATE, lambda temporary: torch.save(state, temporary))
-
-
-def load_last(folder: Path) -> dict:
-    """What `save_last` wrote. Raises UserError where there is nothing to resume from, or the file is damaged."""
-    path = folder / STATE
-    if not path.is_file():
-        raise UserError(f"nothing to resume: there is no {path}")
-    try:
-        # Our own file, with numpy and Python random states in it, which weights_only would refuse
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # pickle and zip each have their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged ({reason}); {folder.parent / 'best'} may still be loaded") from error

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import cv2
 
-from ..errors import UserError
-from .scene_captions import describe
-from .scene_drawing import COLOURS, PLACES, RADIUS, SHAPES, TONES, draw
+from ...errors import UserError
+from .describe import describe
+from .draw import COLOURS, PLACES, RADIUS, SHAPES, TONES, draw
 
 FILLS = ("solid", "striped", "dotted", "outlined")
 PATTERNS = ("plain", "lined", "gridded", "speckled")

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..data.images import shorter_side
 from ..errors import UserError
 from ..hub import no_loading_bar
-from .clip import CLIPModel, DualEncoder
+from ..models.clip import CLIPModel, DualEncoder
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, BertModel, VisionTextDualEncoderModel
@@ -200,8 +201,8 @@ def image_processor(model: DualEncoder) -> BaseImageProcessor:
     if cfg.backend == "hf_clip" and model.hf.config.model_type == "siglip2":  # takes patches, of images of any shape
         patch = model.hf.config.vision_config.patch_size
         return Siglip2ImageProcessor(patch_size=patch, max_num_patches=(cfg.size // patch) ** 2, **settings)
-    if cfg.resize == "crop":
-        return CLIPImageProcessor(size={"shortest_edge": cfg.crop_from or cfg.size}, crop_size=square, **settings)
+    if short := shorter_side(cfg):
+        return CLIPImageProcessor(size={"shortest_edge": short}, crop_size=square, **settings)
     return ViTImageProcessor(size=square, **settings)
 
 
@@ -227,6 +228,6 @@ class ExportedModel(nn.Module):
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """A loader's batch -> image embeddings (B, P) and text embeddings (C, P), L2-normalised."""
-        images = self.hf.get_image_features(pixel_values=(batch["pixels"] - self.mean) / self.std)
+        images = self.hf.get_image_features(pixel_values=(batch["pixel_values"] - self.mean) / self.std)
         texts = self.hf.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return F.normalize(images.pooler_output, dim=-1), F.normalize(texts.pooler_output, dim=-1)

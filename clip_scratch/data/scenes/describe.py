@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .scenes import Scene, Thing
+    from .write import Scene, Thing
 
 # The first word is the plain one, of the canonical caption and of the tables above.
 SYNONYMS = {

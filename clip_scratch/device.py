@@ -1,0 +1,68 @@
+"""Which device computes, what it computes fast, and how to get the most out of its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .config import CFG
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pick_device(cfg: CFG) -> torch.device:
+    """The torch device of `cfg.device`. Raises UserError where it is not available."""
+    import torch
+
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+    if cfg.precision == "fp16" and device.type != "cuda":
+        raise UserError("precision fp16 needs a CUDA GPU; on a CPU use bf16 or fp32")
+    return device
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the processor has bf16 arithmetic; one without it emulates bf16, many times slower than fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory instead of returning it and faulting it in again at every step.
+
+    The activations of a step on a CPU are hundreds of large blocks; without this, up to half of the time of a
+    convolutional tower is spent zeroing fresh pages in the kernel. Does nothing on other systems.
+    """
+    if sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of mallopt(3)
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(mmap_threshold, 1 << 30)
+            mallopt(trim_threshold, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(advice: str) -> Iterator[None]:
+    """Turn an out-of-memory error of any device into a UserError that says `advice`."""
+    import torch
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's errors for a GPU and for a CPU are RuntimeErrors
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from error

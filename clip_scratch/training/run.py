@@ -1,0 +1,267 @@
+"""A run folder, held by one process: its settings, best and last checkpoints, metrics, and how it is resumed.
+
+runs/x/config.json                 the settings that were asked for
+runs/x/metrics.jsonl               a line per epoch
+runs/x/best/                       the best model; see models/saved.py. Its config.json holds the settings as resolved:
+                                   precision, image size, number of steps ...
+runs/x/last/training.safetensors   all that a resume needs; JSON and tensors, nothing is unpickled
+
+Every file is replaced in one rename: a run that is killed at any moment leaves only whole files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from ..config import CFG
+from ..errors import UserError
+from ..files import remove_unfinished, write_atomically, write_json
+from ..models.clip import DualEncoder
+from ..models.saved import SETTINGS, bare_model, prepare_best, run_config, save_best
+from ..presets import PRESETS
+from .state import TrainState
+
+STATE = "training.safetensors"
+# A run that was killed before its settings were written holds no more than these, and starts again
+_UNFINISHED = {"best", "last", "zero_shot.json", "zero_shot.safetensors"}
+# What a resume may change: nothing that touches the shapes of the weights, the data or the order of batches
+FREE_ON_RESUME = {
+    "resume", "run_dir", "device", "num_workers", "checkpoint_steps", "on_bad_image", "image_cache", "cache_path",
+}  # fmt: skip
+
+
+def resumed(cfg: CFG, defaults: CFG | type[CFG] = CFG) -> CFG:
+    """The settings of the run `cfg.resume`, with those that `cfg` changes.
+
+    A setting of `cfg` that equals the one in `defaults` counts as not given. Raises UserError for a setting that a
+    resume cannot change, and for a folder that is not a run. Applying it twice changes nothing.
+    """
+    settings = dataclasses.asdict(run_config(cfg.resume))
+    is_complete = cfg.run_dir == cfg.resume  # returned by this function: no setting is a default
+    for name, saved in settings.items():
+        given = getattr(cfg, name)
+        if name in FREE_ON_RESUME:
+            settings[name] = given if is_complete or given != getattr(defaults, name) else saved
+        elif given not in (saved, getattr(defaults, name)):
+            raise UserError(f"{cfg.resume} was trained with {name}={saved!r}; a resume cannot change it to {given!r}")
+    return CFG(**settings | {"run_dir": cfg.resume, "resume": cfg.resume})
+
+
+class Run:
+    """The folder of a new or resumed run. As a context manager it gives the folder back to other processes at the end.
+
+    `cfg` are the settings that were asked for; of a resumed run its own. Raises UserError for a folder that holds
+    another run or cannot be made. A new folder is made by `begin`, when everything that can be refused has been.
+    """
+
+    def __init__(self, cfg: CFG):
+        self.cfg = resumed(cfg) if cfg.resume else cfg
+        self.is_resumed = bool(cfg.resume)
+        self.fingerprint = ""  # of the captions, set when they have been read
+        self._lock = self.board = None
+        self.lines: list[str] = []  # of metrics.jsonl
+        if self.is_resumed:
+            self.folder = Path(cfg.resume)
+            self._claim()
+        else:
+            self.folder = Path(cfg.run_dir) if cfg.run_dir else _free_folder(cfg)
+            self.cfg = dataclasses.replace(cfg, run_dir=str(self.folder))
+            _check_new(self.folder)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.board:
+            self.board.close()
+        if self._lock:
+            self._lock.release()
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best"
+
+    @property
+    def _last(self) -> Path:
+        return self.folder / "last" / STATE
+
+    def begin(self, model: DualEncoder) -> None:
+        """Make the folder of a new run, with what never changes in `best/`."""
+        self._claim()
+        prepare_best(self.best, model, model.cfg)
+
+    def save_settings(self) -> None:
+        """Write config.json: from now on the folder is a run, which can be resumed."""
+        write_json(self.folder / SETTINGS, dataclasses.asdict(self.cfg))
+
+    def resumed_model(self) -> DualEncoder:
+        """The model of a resumed run without its weights, and with its resolved settings."""
+        model = bare_model(self.best, training=True)
+        free = {name: getattr(self.cfg, name) for name in FREE_ON_RESUME}
+        model.cfg = dataclasses.replace(model.cfg, **free)
+        return model
+
+    def resume(self, state: TrainState) -> None:
+        """Put back what was saved last. Raises UserError where it does not fit, or the captions have changed."""
+        saved = load_tree(self._last)
+        if saved["fingerprint"] != self.fingerprint:
+            source = self.cfg.captions_path or "the built-in data set"
+            raise UserError(f"{source} has changed since {self.folder} was started: restore it, or start a new run")
+        try:
+            state.load_state_dict(saved)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self._last} does not fit the settings of {self.folder}: {reason}") from error
+
+    def save_last(self, state: TrainState) -> None:
+        """Replace the checkpoint that a resume starts from."""
+        self._last.parent.mkdir(exist_ok=True)
+        save_tree(self._last, {**state.state_dict(), "fingerprint": self.fingerprint})
+
+    def save_best(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Replace the weights and metrics of `best/` by those of the epoch that has just ended."""
+        save_best(self.best, state.measured, state.progress.epoch, metrics)
+
+    def open_log(self, epochs: int, steps: int) -> None:
+        """Open metrics.jsonl and the TensorBoard events, both cut back to finished `epochs` and `steps`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self.lines = [line for line in lines if json.loads(line)["epoch"] <= epochs]
+        self.board = SummaryWriter(str(self.folder), purge_step=steps + 1)
+
+    def log_epoch(self, line: dict[str, object]) -> None:
+        """Append a line to metrics.jsonl, and its numbers to TensorBoard at its optimizer step."""
+        self.lines.append(json.dumps(line))
+        content = "\n".join(self.lines) + "\n"
+        write_atomically(self.folder / "metrics.jsonl", lambda temporary: temporary.write_text(content))
+        for name, value in line.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"epoch/{name}", value, line["step"])
+        self.board.flush()
+
+    def _claim(self) -> None:
+        """Lock the folder for this process, and delete what killed ones left unfinished."""
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.folder / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            self._lock = None
+            raise UserError(f"another process is training into {self.folder}: choose another --run-dir") from error
+        except OSError as error:
+            raise UserError(f"the run folder {self.folder} cannot be written: {error}") from error
+        if not self.is_resumed:
+            _check_new(self.folder)  # another process may have finished a run here in the meantime
+        remove_unfinished(self.folder)
+
+
+def _free_folder(cfg: CFG) -> Path:
+    """runs/PRESET-DATE-TIME, with a number where another run began in the same second."""
+    preset = next((name for name, preset in PRESETS.items() if type(cfg) is preset), "run")
+    folder = Path("runs", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    names = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in range(1, 1000))
+    return next(name for name in names if not name.exists())
+
+
+def _check_new(folder: Path) -> None:
+    """Raise UserError where `folder` holds something already, or cannot be made."""
+    try:
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+        names = {e.name for e in entries if e.suffix != ".tmp" and e.name != ".lock"}
+        if names - _UNFINISHED:
+            raise UserError(f"{folder} is not empty: continue with --resume {folder}, or choose another --run-dir")
+        parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    except OSError as error:  # a folder above it is closed, or the name is too long
+        raise UserError(f"the run folder {folder} cannot be made: {error.strerror}") from error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"the run folder {folder} cannot be made: {parent} cannot be written to")
+
+
+# ---- nested dicts and lists with tensors, as one safetensors file
+
+
+def save_tree(path: Path, tree: dict) -> None:
+    """Write nested dicts and lists of tensors, numbers, strings and None, atomically: JSON in the file's header."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+
+    def pack(value: object, name: str) -> object:
+        if isinstance(value, torch.Tensor):
+            # Copies, since safetensors refuses tensors that share their memory, as T5's embeddings do
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": name}
+        if isinstance(value, dict):  # as pairs: JSON turns the numbers of an optimizer's parameters into strings
+            return {"dict": [[key, pack(item, f"{name}.{key}")] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            return [pack(item, f"{name}.{i}") for i, item in enumerate(value)]
+        return value
+
+    header = {"tree": json.dumps(pack(tree, ""))}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+
+
+def load_tree(path: Path) -> dict:
+    """What `save_tree` wrote, tuples as lists. Raises UserError where the file is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"nothing to resume: there is no {path}")
+    try:
+        with safe_open(path, "pt") as file:
+
+            def unpack(value: object) -> object:
+                if isinstance(value, list):
+                    return [unpack(item) for item in value]
+                if not isinstance(value, dict):
+                    return value
+                return file.get_tensor(value["tensor"]) if "tensor" in value else {
+                    key: unpack(item) for key, item in value["dict"]
+                }  # fmt: skip
+
+            return unpack(json.loads(file.metadata()["tree"]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        best = path.parent.parent / "best"
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {best} may still be loaded") from error
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM ask to stop after the current step; a second one stops at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.is_asked = False
+        self._before: dict = {}
+        self._advice = f"resume with: python -m clip_scratch.train --resume {folder}"
+
+    def __enter__(self) -> Interrupt:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        except ValueError:  # not the main thread, as in some notebooks: an interrupt then stops at once
+            pass
+        return self
+
+    def _ask(self, number, frame) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt(self._advice)
+        self.is_asked = True
+
+    def stop_if_asked(self) -> None:
+        """Raise KeyboardInterrupt here, where the last checkpoint is whole and up to date."""
+        if self.is_asked:
+            raise KeyboardInterrupt(self._advice)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,119 @@
+"""How a run starts: a model that is built, measured and saved as epoch 0, or one that is picked up from last/."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+
+from ..config import CFG
+from ..data.captions import fingerprint_of
+from ..data.loaders import Loader, build_loaders
+from ..data.source import DataSource
+from ..evaluation.measure import ZERO_SHOT, save_zero_shot
+from ..evaluation.retrieval import ranks, recalls_of
+from ..models.build import build_model
+from ..models.clip import DualEncoder
+from ..models.precision import default_precision
+from ..models.saved import save_best
+from ..retrieval.embed import embed_batches
+from .autotune import MIN_STEPS, choose_precision
+from .budget import measure_pace, planned_steps, steps_per_epoch, steps_within
+from .cached_features import cache_features
+from .report import Report
+from .run import Run
+from .state import TrainState, seed_everything
+from .wise_ft import save_start
+
+
+def begin(
+    run: Run, source: DataSource, device: torch.device, report: Report, began: float
+) -> tuple[TrainState, Loader, Loader]:
+    """A new run: its state and its two loaders. The folder is made when everything that can be refused has been."""
+    seed_everything(run.cfg.seed)
+    model = build_model(source.cfg, source.split("train")["caption"].tolist()).to(device)
+    train_loader, valid_loader = _loaders(model, source, report)
+    model.cfg = cfg = _settle_precision(model, train_loader)
+    if cfg.compile:
+        model.compile_towers()
+    train_loader, valid_loader = (cache_features(model, loader, cfg) for loader in (train_loader, valid_loader))
+    validation_began = time.perf_counter()
+    embeddings = embed_batches(model, valid_loader)
+    validation = time.perf_counter() - validation_began
+    if cfg.minutes and not cfg.max_steps:
+        model.cfg = cfg = _settle_steps(model, train_loader, validation, time.perf_counter() - began)
+    state = TrainState(model, planned_steps(train_loader, cfg), began)
+    progress = state.progress
+    image_rank, text_rank = ranks(*embeddings)
+    progress.start, progress.start_logit_scale = recalls_of(image_rank, text_rank), model.logit_scale.item()
+    run.begin(model)
+    if report.is_pretrained:  # epoch 0: the best one until a better one comes
+        progress.best_rsum = progress.start["rsum"]
+        save_best(run.best, state.measured, 0, progress.start)
+        names, captions = valid_loader.dataset.names, fingerprint_of(source.split("valid"))
+        save_zero_shot(
+            run.folder / ZERO_SHOT, cfg.model_name, names, embeddings[2], image_rank, text_rank, captions
+        )  # fmt: skip
+        report.picture(state.measured, embeddings[0], 0, is_best=True)
+    if cfg.wise_ft:
+        save_start(run.folder)
+    run.save_last(state)
+    run.save_settings()
+    return state, train_loader, valid_loader
+
+
+def resume(
+    run: Run, source: DataSource, device: torch.device, report: Report, began: float
+) -> tuple[TrainState, Loader, Loader]:
+    """An interrupted run where it was: its state and its two loaders."""
+    model = run.resumed_model().to(device)
+    train_loader, valid_loader = _loaders(model, source, report)
+    if model.cfg.compile:
+        model.compile_towers()
+    state = TrainState(model, planned_steps(train_loader, model.cfg), began)
+    run.resume(state)
+    # Only now a frozen tower has its weights
+    train_loader, valid_loader = (cache_features(model, loader, model.cfg) for loader in (train_loader, valid_loader))
+    return state, train_loader, valid_loader
+
+
+def _loaders(model: DualEncoder, source: DataSource, report: Report) -> tuple[Loader, Loader]:
+    """The loaders of the training and the validation split; the model's parameters are reported on the way."""
+    splits = ("train", "valid")
+    loaders = [
+        build_loaders(source.split(split), model.tokenizer, split, model.cfg, device=model.device) for split in splits
+    ]
+    report.parameters(model, sum(loader.dataset.tokens.truncated for loader in loaders))
+    return tuple(loaders)
+
+
+def _settle_precision(model: DualEncoder, loader: Loader) -> CFG:
+    """The settings with "auto" replaced by a precision: measured in a long run, else the device's default."""
+    cfg, device = model.cfg, model.device
+    if cfg.precision != "auto":
+        return cfg
+    if planned_steps(loader, cfg) >= MIN_STEPS and device.type in ("cpu", "cuda"):
+        cfg, message = choose_precision(model, next(iter(loader)), cfg)
+        loader.start(0)
+    else:
+        cfg = dataclasses.replace(cfg, precision=default_precision(device))
+        message = "precision fp16: this GPU has no bf16" if cfg.precision == "fp16" else ""
+    model.cfg = cfg
+    model.apply_memory_format()
+    print(message, end="\n" if message else "")
+    return cfg
+
+
+def _settle_steps(model: DualEncoder, loader: Loader, validation: float, elapsed: float) -> CFG:
+    """The settings with `max_steps` set to what fits into `minutes`, given the seconds of a validation."""
+    cfg, per_epoch, most = model.cfg, steps_per_epoch(loader, model.cfg), planned_steps(loader, model.cfg)
+    measuring = time.perf_counter()
+    pace = measure_pace(model, loader, cfg)
+    left = 60 * cfg.minutes - elapsed - (time.perf_counter() - measuring)
+    steps = steps_within(left, pace, validation, per_epoch, most)
+    print(
+        f"{cfg.minutes:g} minutes: {pace:.2f} s a step and {validation:.1f} s a validation leave room for "
+        f"{steps:,} of {most:,} steps ({steps / per_epoch:.1f} of {cfg.epochs} epochs)"
+    )  # fmt: skip
+    return dataclasses.replace(cfg, max_steps=steps)

@@ -1,0 +1,144 @@
+"""TrainState: everything that training changes, and where it stands; its state dict is what a resume needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ..models.clip import DualEncoder
+from .engine import EpochStats
+from .optimizer import WeightAverage, build_optimizer, build_scheduler
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the current epoch
+    step: int = 0  # optimizer steps
+    stats: EpochStats = field(default_factory=EpochStats)  # of the current epoch
+    start: dict[str, float] = field(default_factory=dict)  # metrics of the model before the first step
+    start_logit_scale: float = 0.0
+    best_rsum: float = -1.0
+    best_epoch: int = 0
+    stale: int = 0  # epochs since the best
+    reached: bool = False  # the recall that `stop_at` asks for
+
+    def add(self, steps: EpochStats) -> None:
+        """Count optimizer steps."""
+        self.stats.add(steps)
+        self.batch += steps.batches
+        self.step += steps.steps
+
+    def end_epoch(self, metrics: dict[str, float], stop_at: float) -> bool:
+        """Close the epoch; whether it was the best one."""
+        self.epoch, self.batch, self.stats = self.epoch + 1, 0, EpochStats()
+        self.stale += 1
+        self.reached = bool(stop_at) and 100 * metrics["image_retrieval_recall@10"] >= stop_at
+        if metrics["rsum"] > self.best_rsum:
+            self.best_rsum, self.best_epoch, self.stale = metrics["rsum"], self.epoch, 0
+        return not self.stale
+
+
+class TrainState:
+    """Model, optimizer, scheduler, gradient scaler, weight average and progress of a run."""
+
+    def __init__(self, model: DualEncoder, total_steps: int, began: float | None = None):
+        cfg = model.cfg
+        self.model, self.total_steps, self.progress = model, total_steps, Progress()
+        self._began = time.perf_counter() if began is None else began  # less the seconds of earlier processes
+        self.optimizer = build_optimizer(model, cfg)
+        self.scheduler = build_scheduler(self.optimizer, cfg, total_steps)
+        self.scaler = torch.amp.GradScaler(model.device.type) if cfg.precision == "fp16" else None
+        self.average = WeightAverage(model, cfg.ema) if cfg.ema else None
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of the whole run, with validation and all processes that it was interrupted in."""
+        return time.perf_counter() - self._began
+
+    @property
+    def measured(self) -> DualEncoder:
+        """The model that is validated and saved: the average, where there is one."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def step_scheduler(self):
+        """The scheduler, if it steps with the optimizer."""
+        return None if isinstance(self.scheduler, ReduceLROnPlateau) else self.scheduler
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no epoch is left; an epoch that stopped after its last step has still to be measured."""
+        cfg, progress = self.model.cfg, self.progress
+        steps_left = progress.step < self.total_steps or progress.batch
+        return progress.epoch >= cfg.epochs or not steps_left or progress.reached or self.is_stale
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether `early_stopping` epochs have passed without a better one."""
+        return 0 < self.model.cfg.early_stopping <= self.progress.stale
+
+    def end_epoch(self, metrics: dict[str, float]) -> bool:
+        """Close the epoch, and step a plateau scheduler; whether it was the best epoch."""
+        if self.step_scheduler is None:
+            self.scheduler.step(metrics["rsum"])
+        return self.progress.end_epoch(metrics, self.model.cfg.stop_at)
+
+    def state_dict(self) -> dict[str, object]:
+        """Tensors, numbers, strings, lists and dicts of them: all that an exact resume needs."""
+        states = {name: part.state_dict() for name, part in self._parts().items()}
+        progress, device = dataclasses.asdict(self.progress), self.model.device
+        return {**states, "progress": progress, "wall_seconds": self.wall_seconds, "random": random_states(device)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned. Raises KeyError, ValueError, TypeError or RuntimeError if it does not fit."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.progress = Progress(**state["progress"] | {"stats": EpochStats(**state["progress"]["stats"])})
+        self._began -= state["wall_seconds"]
+        restore_random_states(state["random"], self.model.device)
+
+    def _parts(self) -> dict:
+        names = ("model", "optimizer", "scheduler", "scaler", "average")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every random generator that training draws from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_states(device: torch.device) -> dict[str, object]:
+    """The state of every random generator that training on `device` draws from."""
+    python, numpy_state = random.getstate(), np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    states = {"python": [python[0], list(python[1]), python[2]], "numpy": numpy_state, "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict, device: torch.device) -> None:
+    """Restore what `random_states` returned; on a device of another type its own generator stays as it is."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = states["numpy"]
+    key = np.array(numpy_state["state"]["key"], np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if "mps" in states and device.type == "mps":
+        torch.mps.set_rng_state(states["mps"])

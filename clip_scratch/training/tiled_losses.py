@@ -1,0 +1,104 @@
+"""The losses of losses.py without a (B, C) matrix. `images` (B, P) are multiplied by the logit scale already."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+TILE = 2**21  # logits in a tile
+
+
+def _tiles(images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The images (B, P) in runs of rows that have about `TILE` logits each."""
+    return images.split(max(1, TILE // len(texts)))
+
+
+class _LogSumExps(torch.autograd.Function):
+    """The logsumexp of each row and of each column of images @ texts.T: (B, P), (C, P) -> (B,), (C,).
+
+    The logits of a tile live no longer than the tile; the backward pass computes them again.
+    """
+
+    @staticmethod
+    def forward(ctx, images, texts):
+        of_rows, of_columns = [], texts.new_full((len(texts),), -torch.inf)
+        for tile in _tiles(images, texts):
+            logits = tile @ texts.T  # (rows, C)
+            of_rows.append(logits.logsumexp(1))
+            of_columns = torch.logaddexp(of_columns, logits.logsumexp(0))
+        of_rows = torch.cat(of_rows)
+        ctx.save_for_backward(images, texts, of_rows, of_columns)
+        return of_rows, of_columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_rows, d_columns):
+        images, texts, of_rows, of_columns = ctx.saved_tensors
+        d_images, d_texts, end = [], torch.zeros_like(texts), 0
+        for tile in _tiles(images, texts):
+            rows = slice(end, end := end + len(tile))
+            logits = tile @ texts.T  # (rows, C)
+            d_logits = (logits - of_rows[rows, None]).exp_().mul_(d_rows[rows, None])  # softmax of the rows ...
+            d_logits += logits.sub_(of_columns).exp_().mul_(d_columns)  # ... and of the columns
+            d_images.append(d_logits @ texts)
+            d_texts.addmm_(d_logits.T, tile)
+        return torch.cat(d_images), d_texts
+
+
+class _Positives:
+    """The positives of every row and column as few sums, since `positive_pairs` would be (B, C), or worse (C, C).
+
+    Images with one id form a group, captions that read the same form another, and a link joins an image group to
+    a caption group that has one of its captions: at most C links, however many pairs are positive.
+    """
+
+    def __init__(self, image_ids, caption_image_ids, caption_ids=None):
+        distinct, groups = torch.cat([image_ids, caption_image_ids]).unique(return_inverse=True)
+        self.image_group, owner = groups.split([len(image_ids), len(caption_image_ids)])  # (B,), (C,)
+        if caption_ids is None:
+            caption_ids = torch.arange(len(owner), device=owner.device)
+        words, self.caption_group = caption_ids.unique(return_inverse=True)  # (C,)
+        links = (owner * len(words) + self.caption_group).unique()
+        self.links = links // len(words), links % len(words)  # image group, caption group
+        self.n_groups = len(distinct), len(words)
+
+    def of_images(self, images, texts):
+        """The sum of each image's positive logits, and their number: (B, P), (C, P) -> (B,), (B,)."""
+        groups = self.image_group, self.caption_group
+        return _linked_sums(images, texts, groups, self.links, self.n_groups)
+
+    def of_captions(self, images, texts):
+        """The sum of each caption's positive logits, and their number: (B, P), (C, P) -> (C,), (C,)."""
+        groups = self.caption_group, self.image_group
+        return _linked_sums(texts, images, groups, self.links[::-1], self.n_groups[::-1])
+
+
+def _linked_sums(rows, columns, groups, links, n_groups):
+    """For each row the sum of its dot products with the columns of the groups linked to its own, and their number."""
+    columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)  # the last dimension counts
+    sums = columns.new_zeros(n_groups[1], columns.shape[1]).index_add(0, groups[1], columns)
+    linked = columns.new_zeros(n_groups[0], columns.shape[1]).index_add(0, links[0], sums[links[1]])
+    total = linked[groups[0]]  # (rows, P + 1)
+    return (rows * total[:, :-1]).sum(1), total[:, -1]
+
+
+def tiled_contrastive_loss(images, texts, *ids):
+    """`contrastive_loss`: a cross-entropy is the logsumexp less the mean over the positives."""
+    of_rows, of_columns = _LogSumExps.apply(images, texts)
+    positives = _Positives(*ids)
+    row_sum, row_count = positives.of_images(images, texts)
+    column_sum, column_count = positives.of_captions(images, texts)
+    return ((of_rows - row_sum / row_count).mean() + (of_columns - column_sum / column_count).mean()) / 2
+
+
+def tiled_sigmoid_loss(images, texts, logit_bias, *ids):
+    """`sigmoid_loss`: every pair as a negative, and then less its logit if it is a positive."""
+
+    def as_negatives(tile):
+        return -F.logsigmoid(-(tile @ texts.T + logit_bias)).sum()
+
+    total = sum(checkpoint(as_negatives, tile, use_reentrant=False) for tile in _tiles(images, texts))
+    logits, count = _Positives(*ids).of_images(images, texts)
+    return (total - (logits + logit_bias * count).sum()) / len(images)
