@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from clip_scratch.config import PRESETS
 from clip_scratch.data.captions import read_captions, split_of
 from clip_scratch.data.loaders import build_loaders
-from clip_scratch.models.build import build_model
 from clip_scratch.device import keep_freed_memory
+from clip_scratch.models.build import build_model
+from clip_scratch.presets import PRESETS
+from clip_scratch.training.cached_features import cache_features
 from clip_scratch.training.engine import train_epoch, valid_epoch
-from clip_scratch.training.cached_features import freeze_features
 from clip_scratch.training.optimizer import build_average, build_optimizer
 
 WARMUP = 15  # steps
@@ -42,7 +42,7 @@ def curve(table, cfg, seconds: float) -> list[dict[str, float]]:
     model = build_model(cfg)
     cfg = model.cfg
     train, valid = (
-        freeze_features(model, build_loaders(split_of(table, mode, cfg.captions_path), model.tokenizer, mode, cfg), cfg)
+        cache_features(model, build_loaders(split_of(table, mode, cfg.captions_path), model.tokenizer, mode, cfg), cfg)
         for mode in ("train", "valid")
     )
     optimizer = build_optimizer(model, cfg)

@@ -118,14 +118,14 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Print the recall every `every` minutes, and append it to `json`."""
-    from clip_scratch.config import PRESETS
     from clip_scratch.data.captions import read_captions, split_of
     from clip_scratch.data.loaders import build_loaders
+    from clip_scratch.presets import PRESETS
     from clip_scratch.training.engine import valid_epoch
 
     cfg = PRESETS["compact"](
-        captions_path=arguments.captions_path, image_freeze="full", freeze_batch_norm=False, image_dropout=0.0,
-        text_dropout=0.0, image_precision="same", head="mlp", temperature=0.07, precision="fp32", channels_last=False,
+        captions_path=arguments.captions_path, image_freeze="none", freeze_batch_norm=False, image_dropout=0.0,
+        text_dropout=0.0, head="mlp", temperature=0.07, precision="fp32", channels_last=False,
         device="cpu",
     )  # fmt: skip
     torch.manual_seed(cfg.seed)

@@ -17,11 +17,11 @@ import torch
 
 from clip_scratch.config import CFG
 from clip_scratch.data.captions import read_captions, split_of
-from clip_scratch.data.loaders import Batch, build_loaders
+from clip_scratch.data.loaders import Batch, build_loaders, to_device
+from clip_scratch.device import computes_in_bf16, keep_freed_memory
 from clip_scratch.models.build import build_model
 from clip_scratch.training import engine
-from clip_scratch.device import computes_in_bf16, keep_freed_memory
-from clip_scratch.training.engine import loss_of, to_device, train_epoch
+from clip_scratch.training.engine import compute_loss, loss_function, train_epoch
 from clip_scratch.training.optimizer import build_optimizer
 
 from . import classical
@@ -152,7 +152,7 @@ class Ours:
         self.loader.start(0, 0, 1)
         batch = to_device(next(iter(self.loader)), self.model.device)
         with FlopCounterMode(display=False) as counter:
-            loss_of(self.model, batch, self.cfg)[0].backward()
+            compute_loss(self.model, batch, loss_function(self.model, self.cfg))[0].backward()
         shapes = {"images_a_step": len(batch["image_ids"]), "captions_a_step": len(batch["caption_ids"])}
         tokens = batch["input_ids"].shape[1]
         return {

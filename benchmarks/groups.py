@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from clip_scratch.training.device import computes_in_bf16
+from clip_scratch.device import computes_in_bf16
 
 from .contenders import Classical, ClassicalLoader, OurLoader, Ours, OursOnGpu, Setup
 from .peer_open_clip import MISSING, OpenClip, is_installed

@@ -16,9 +16,9 @@ import torch
 
 from clip_scratch.data.loaders import build_loaders
 from clip_scratch.data.tokenizer import tokenize
+from clip_scratch.device import keep_freed_memory
 from clip_scratch.models.build import build_model
 from clip_scratch.models.encoders import ImageEncoder
-from clip_scratch.device import keep_freed_memory
 from clip_scratch.training.engine import train_epoch
 from clip_scratch.training.optimizer import build_optimizer
 
@@ -147,10 +147,10 @@ class HeadOnly:
     """
 
     def __init__(self, setup: Setup, images: int | None = None, steps: int = 2):
-        from clip_scratch.training.cached_features import freeze_features
+        from clip_scratch.training.cached_features import cache_features
 
         keep_freed_memory()
-        cfg = setup.cfg(image_freeze="heads", text_freeze="heads", cached_views=1, batch_size=200)
+        cfg = setup.cfg(image_freeze="backbone", text_freeze="backbone", cached_views=1, batch_size=200)
         table = train_table(cfg, images)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, table["caption"].tolist())
@@ -158,7 +158,7 @@ class HeadOnly:
         self.loader = build_loaders(table, self.model.tokenizer, "train", self.cfg)
         self.optimizer = build_optimizer(self.model, self.cfg)
         began = time.perf_counter()
-        self.cached = freeze_features(self.model, self.loader, self.cfg)
+        self.cached = cache_features(self.model, self.loader, self.cfg)
         self.building = time.perf_counter() - began
         self.epochs = itertools.count()
         self._train(self.loader, 1)

@@ -27,9 +27,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     began = time.perf_counter()
     cfg = cfg() if isinstance(cfg, type) else cfg
     if cfg.wise_ft and cfg.backend != "hf_clip":
-        raise UserError(
-            "wise_ft averages with zero-shot weights: use a pretrained CLIP, as the preset hf_clip does"
-        )
+        raise UserError("wise_ft averages with zero-shot weights: use a pretrained CLIP, as the preset hf_clip does")
 
     from .data.captions import fingerprint_of
     from .data.source import open_data

@@ -26,10 +26,8 @@ def positive_pairs(
     positive = image_ids[:, None] == caption_image_ids[None, :]  # (B, C)
     if caption_ids is not None:
         words = caption_ids.unique(return_inverse=True)[1]  # (C,), numbered from 0
-        described = torch.zeros_like(positive.T, dtype=torch.float).index_add_(
-            0, words, positive.T.float()
-        )  # (words, B)
-        positive = described[words].T > 0
+        described = torch.zeros_like(positive.T, dtype=torch.float)  # by a caption with these words, (words, B)
+        positive = described.index_add_(0, words, positive.T.float())[words].T > 0
     return positive
 
 

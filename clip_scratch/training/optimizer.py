@@ -75,8 +75,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int
 class WeightAverage(nn.Module):
     """Exponential moving average of the trained weights of a model: `module` is the averaged model.
 
-    The decay grows from 0.1 to `decay` over the first steps, so that random heads are forgotten at once. Frozen weights are
-    shared with the model; buffers (batch-norm statistics) are averages already and are copied.
+    The decay grows from 0.1 to `decay` over the first steps, so that random heads are forgotten at once. Frozen weights
+    are shared with the model; buffers (batch-norm statistics) are averages already and are copied.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -99,7 +99,7 @@ class TrainState:
         return {**states, "progress": progress, "wall_seconds": self.wall_seconds, "random": random_states(device)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned. Raises KeyError, ValueError, TypeError or RuntimeError if it does not fit."""
+        """Restore what `state_dict` returned. Raises an error of several kinds where it does not fit."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.progress = Progress(**state["progress"] | {"stats": EpochStats(**state["progress"]["stats"])})

@@ -42,8 +42,8 @@ def average_with_start(folder: Path, last: DualEncoder, epochs: int, valid_loade
     """Replace the best model of a run by its average with the zero-shot one, and return how each alpha did.
 
     Where no epoch was better than zero-shot, `last`, the model after all `epochs`, is averaged instead: an average can
-    correct fine-tuning that went too far. "auto" takes the alpha with the highest validation rsum. Does nothing where it has been
-    done.
+    correct fine-tuning that went too far. "auto" takes the alpha with the highest validation rsum. Does nothing where
+    that has been done before.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
