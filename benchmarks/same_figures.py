@@ -12,6 +12,7 @@ compare two commits on one machine.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -52,7 +53,15 @@ def main() -> None:
     from clip_scratch.train import main as train
 
     common = {"n_scenes": 600, "seed": 1, "precision": "fp32", "device": "cpu", "epochs": 3, "ema": 0.9}
-    from_scratch = {"size": 48, "batch_size": 32, "image_encoder_lr": 1e-3, "text_encoder_lr": 5e-4}
+    if "minutes" in {field.name for field in dataclasses.fields(CFG)}:
+        common["minutes"] = 0.0
+    from_scratch = {
+        "text_encoder_model": "bert-mini",
+        "size": 48,
+        "batch_size": 32,
+        "image_encoder_lr": 1e-3,
+        "text_encoder_lr": 5e-4,
+    }
     fine_tuned = {"batch_size": 16, "accumulation": 2, "image_encoder_lr": 3e-4, "text_encoder_lr": 3e-4}
     result = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):

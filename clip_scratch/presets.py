@@ -17,20 +17,21 @@ class Scenes(CFG):
     horizontal_flip = 0.0  # left and right matter
     color_jitter = 0.0  # so do colours
     model_name = "resnet10t"
-    text_encoder_model = "bert-mini"
+    text_encoder_model = "bert-tiny"
     text_tokenizer = "train"
     text_pooling = "mean"
     max_length = 64
     pretrained = False
     captions_per_image = 2
     epochs = 10
+    minutes = 5.0  # a slow machine trains fewer epochs
     batch_size = 64
     early_stopping = 0
-    image_encoder_lr = 1e-3
-    text_encoder_lr = 5e-4
+    image_encoder_lr = 2e-3
+    text_encoder_lr = 2e-3
     weight_decay = 0.05
     scheduler = "cosine"
-    warmup_steps = 100
+    warmup_steps = 50
 
 
 class Flickr8k(CFG):

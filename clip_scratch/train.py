@@ -56,7 +56,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
         progress, measured = state.progress, state.measured
         run.open_log(progress.epoch, progress.step)
         if report.is_pretrained and not run.lines:
-            run.log_epoch(epoch_line(state, EpochStats(), progress.start, 0))
+            run.log_epoch(epoch_line(state, EpochStats(), progress.start))
         report.begin(state)
 
         # Train, measure, save the best
@@ -65,8 +65,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 stats = _train_epoch(run, state, train_loader, report, interrupt)
                 embeddings = embed_batches(measured, valid_loader)
                 metrics = recall_at_k(*embeddings)
-                line = epoch_line(state, stats, metrics, progress.epoch + 1)
                 is_best = state.end_epoch(metrics)
+                line = epoch_line(state, stats, metrics)
                 if is_best:
                     run.save_best(state, metrics)
                 run.log_epoch(line)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_scratch.training import losses
+from clip_scratch.training import losses, tiled_losses
 from clip_scratch.training.losses import LOSSES, contrastive_loss, positive_pairs, sigmoid_loss, soft_target_loss
 
 
@@ -244,7 +244,7 @@ def tiled(monkeypatch):
 
     def switch(logits):
         monkeypatch.setattr(losses, "TILED_FROM", 0)
-        monkeypatch.setattr(losses, "TILE", logits)
+        monkeypatch.setattr(tiled_losses, "TILE", logits)
 
     return switch
 
@@ -268,7 +268,7 @@ def test_tiles_change_neither_value_nor_gradients(batch, words, scale, tile):
         plain = value_and_gradients(name, images, texts, scale, ids, **bias)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(losses, "TILED_FROM", 0)
-            patch.setattr(losses, "TILE", tile)
+            patch.setattr(tiled_losses, "TILE", tile)
             in_tiles = value_and_gradients(name, images, texts, scale, ids, **bias)
         for one, other in zip(plain, in_tiles, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from clip_scratch.cli import parse
 from clip_scratch.errors import UserError
 from clip_scratch.evaluate import evaluate
 from clip_scratch.train import main
-from clip_scratch.training.run import chance_loss
 from clip_scratch.training.losses import LOSSES
+from clip_scratch.training.report import chance_loss
+from clip_scratch.training.run import load_tree, resumed
+from clip_scratch.training.state import Progress
 
 RECALLS = {f"{kind}_retrieval_recall@{k}" for kind in ("image", "text") for k in (1, 5, 10)}
 VALIDATION = RECALLS | {"image_median_rank", "text_median_rank", "rsum"}
@@ -44,11 +47,11 @@ def scalars(folder, name="epoch/rsum"):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
 def last_of(folder):
-    return torch.load(folder / "last/training.pt", weights_only=False)
+    return load_tree(Path(folder) / "last/training.safetensors")
 
 
 @pytest.fixture
@@ -59,16 +62,16 @@ def cfg(tiny_cfg, tmp_path):
 
 
 def interrupt_at(monkeypatch, step, how=lambda: os.kill(os.getpid(), signal.SIGINT)):
-    """Have `how` called in the loop once, after optimiser step `step`."""
-    show = report.show_step
+    """Have `how` called in the loop once, after optimizer step `step`."""
+    show = report.Report.step
 
-    def and_interrupt(bar, progress, *rest):
-        show(bar, progress, *rest)
-        if progress.step == step:
-            monkeypatch.setattr(report, "show_step", show)
+    def and_interrupt(self, state, steps):
+        show(self, state, steps)
+        if state.progress.step == step:
+            monkeypatch.setattr(report.Report, "step", show)
             how()
 
-    monkeypatch.setattr(report, "show_step", and_interrupt)
+    monkeypatch.setattr(report.Report, "step", and_interrupt)
 
 
 # ---- what a run leaves
@@ -130,7 +133,7 @@ def test_best_alone_is_enough(scene_run, tmp_path):
         "image = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)\n"
         "torch.save([encode_image(model, [image]), encode_text(model, ['a red circle', 'A blue square'])], 'out.pt')\n"
     )
-    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "PYTHONPATH": str(train.Path.cwd())}
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "PYTHONPATH": str(Path.cwd())}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | hub, check=True, capture_output=True)
     model = load(scene_run.folder)
     image = torch.arange(40 * 50 * 3).to(torch.uint8).view(40, 50, 3).numpy()
@@ -197,12 +200,12 @@ def test_a_run_goes_on_from_the_last_save(cfg, monkeypatch, plain):
     def crash():
         raise ZeroDivisionError
 
-    save = train.Progress.next_epoch
-    monkeypatch.setattr(train.Progress, "next_epoch", lambda self, rsum: crash() if self.epoch else save(self, rsum))
+    end = Progress.end_epoch
+    monkeypatch.setattr(Progress, "end_epoch", lambda self, *args: crash() if self.epoch else end(self, *args))
     with pytest.raises(ZeroDivisionError):
         main(cfg)
-    monkeypatch.setattr(train.Progress, "next_epoch", save)
-    assert last_of(train.Path(cfg.run_dir))["progress"]["step"] == 9
+    monkeypatch.setattr(Progress, "end_epoch", end)
+    assert last_of(Path(cfg.run_dir))["progress"]["step"] == 9
     resumed = main(CFG(resume=cfg.run_dir))
     assert untimed(resumed) == untimed(whole) and same(last_of(resumed)["model"], last_of(whole)["model"])
 
@@ -210,10 +213,10 @@ def test_a_run_goes_on_from_the_last_save(cfg, monkeypatch, plain):
 def test_a_resume_in_python_keeps_the_run_s_own_settings(cfg, plain):
     cfg.epochs, cfg.on_bad_image, cfg.checkpoint_steps = 1, "skip", 7
     run = main(cfg)
-    again = train.resumed(CFG(resume=str(run), num_workers=1))
+    again = resumed(CFG(resume=str(run), num_workers=1))
     assert again == dataclasses.replace(cfg, resume=str(run), num_workers=1)
-    assert train.resumed(again) == again
-    assert train.resumed(parse(["--resume", str(run), "--on-bad-image", "error"])).on_bad_image == "error"
+    assert resumed(again) == again
+    assert resumed(parse(["--resume", str(run), "--on-bad-image", "error"])).on_bad_image == "error"
 
 
 def test_a_second_ctrl_c_stops_at_once(cfg, monkeypatch, plain):
@@ -226,7 +229,7 @@ def test_a_second_ctrl_c_stops_at_once(cfg, monkeypatch, plain):
     with pytest.raises(KeyboardInterrupt, match="--resume"):
         main(cfg)
     assert signal.getsignal(signal.SIGINT) is before
-    assert last_of(train.Path(cfg.run_dir))["progress"]["step"] == 0
+    assert last_of(Path(cfg.run_dir))["progress"]["step"] == 0
     assert len(lines_of(main(CFG(resume=cfg.run_dir)))) == 2
 
 
@@ -235,7 +238,7 @@ def test_ctrl_c_ends_with_130_and_what_to_type(cfg, tmp_path, monkeypatch, plain
     words += ["--text-encoder-model", "bert-tiny", "--text-tokenizer", "train", "--size", "32", "--batch-size", "4"]
     words += ["--epochs", "100000", "--early-stopping", "0", "--device", "cpu", "--run-dir", "run"]
     command = [sys.executable, "-u", "-m", "clip_scratch.train", *words]
-    env = os.environ | {"PYTHONPATH": str(train.Path.cwd())}
+    env = os.environ | {"PYTHONPATH": str(Path.cwd())}
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=err)
     try:
@@ -250,12 +253,12 @@ def test_ctrl_c_ends_with_130_and_what_to_type(cfg, tmp_path, monkeypatch, plain
     said = (tmp_path / "err").read_text()
     assert "python -m clip_scratch.train --resume run" in said and "Traceback" not in said
     monkeypatch.chdir(tmp_path)
-    step = last_of(train.Path("run"))["progress"]["step"]
+    step = last_of(Path("run"))["progress"]["step"]
     assert load("run") is not None and step >= 5
     interrupt_at(monkeypatch, step + 2)
     with pytest.raises(KeyboardInterrupt):
         main(parse(["--resume", "run"]))
-    assert last_of(train.Path("run"))["progress"]["step"] == step + 2
+    assert last_of(Path("run"))["progress"]["step"] == step + 2
 
 
 # One process imports the libraries and forks, before torch has threads, a child for each run that is killed.
@@ -264,17 +267,21 @@ import copy, json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
 import clip_scratch.train as train
-from clip_scratch import CFG, load, report
-from clip_scratch.training import checkpoint, engine, log
+from clip_scratch import CFG, load
+from clip_scratch.models import saved
+from clip_scratch.training import engine, report
+from clip_scratch.training import run as run_module
+from clip_scratch.training.run import load_tree
 from clip_scratch.retrieval import matches
+import clip_scratch.files as files
 import transformers.models.bert.modeling_bert, timm, albumentations, tyro
 import torch.utils.tensorboard
 from clip_scratch.cli import parse
 
 torch.set_num_threads(1)
-report.draw_epoch = report.report_run = lambda *_: None
+report.Report.picture = report.Report.end = lambda *_, **__: None
 settings, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-write = checkpoint.write_atomically
+write = run_module.write_atomically
 MOMENTS = ("before", "half", "written", "renamed")
 
 def die_in(call, moment):
@@ -292,7 +299,7 @@ def die_in(call, moment):
             if moment == "half":
                 os.truncate(temporary, temporary.stat().st_size // 2)
         os._exit(9)
-    checkpoint.write_atomically = log.write_atomically = write_and_die
+    files.write_atomically = saved.write_atomically = run_module.write_atomically = write_and_die
 
 def forked(function, *args, wait=True):
     pid = os.fork()
@@ -321,7 +328,7 @@ def go_on(name):
 
 def check(name):
     whole, run = folder / "whole", folder / name
-    state = lambda folder: torch.load(folder / "last/training.pt", weights_only=False)["model"]
+    state = lambda folder: load_tree(folder / "last/training.safetensors")["model"]
     ours, theirs = state(run), state(whole)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs), "last"
     ours, theirs = load(run).state_dict(), load(whole).state_dict()
@@ -364,7 +371,7 @@ def test_a_run_killed_at_any_moment_goes_on(cfg, tmp_path):
     settings = dataclasses.asdict(dataclasses.replace(cfg, checkpoint_steps=1, scheduler="cosine", ema=0.5))
     del settings["run_dir"]
     moments = "4:written,5:half,10:renamed,12:renamed,20:half"
-    env = os.environ | {"PYTHONPATH": str(train.Path.cwd()), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, json.dumps(settings), str(tmp_path), moments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "all went on" in done.stdout, done.stderr[-3000:]
@@ -374,8 +381,8 @@ def test_a_run_killed_at_any_moment_goes_on(cfg, tmp_path):
 
 
 def scripted(monkeypatch, rsums):
-    """Have the validation before training give 0, and each epoch's the next of `rsums`."""
-    real, values = retrieval.recall_at_k, iter([0.0, *rsums])
+    """Have the validation of each epoch give the next of `rsums`."""
+    real, values = retrieval.recall_at_k, iter(rsums)
     monkeypatch.setattr(retrieval, "recall_at_k", lambda *args: real(*args) | {"rsum": next(values)})
 
 
@@ -410,7 +417,7 @@ def test_no_epoch_measures_nothing(cfg, capsys):
         load(folder)
 
 
-@pytest.mark.parametrize("settings", [{"trainable": False}, {"image_trainable": False}])
+@pytest.mark.parametrize("settings", [{"trainable": False}, {"image_freeze": "backbone"}])
 def test_a_frozen_tower_reaches_best_unchanged(cfg, plain, settings):
     folder = main(dataclasses.replace(cfg, **settings, epochs=1))
     torch.manual_seed(cfg.seed)
@@ -443,10 +450,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(cfg, monkeypatch, plain):
 
     monkeypatch.setitem(LOSSES, "infonce", broken)
     cfg.checkpoint_steps = 2
-    with pytest.raises(UserError, match=r"epoch 2: the loss is nan at step 3 of .*: \d\d\.png, .*") as stop:
+    with pytest.raises(UserError, match=r"epoch 2: the loss is nan at batch 3 of .*: \d\d\.png, .*") as stop:
         main(cfg)
-    run = train.Path(cfg.run_dir)
-    assert f"Last good checkpoint: {run}/last" in str(stop.value)
+    run = Path(cfg.run_dir)
+    assert f"last good checkpoint is in {run}" in str(stop.value)
     state = last_of(run)
     assert state["progress"]["step"] == 6 and all(v.isfinite().all() for v in state["model"].values())
     assert [line["step"] for line in lines_of(main(CFG(resume=str(run))))] == [5, 10]
@@ -483,28 +490,29 @@ def test_a_run_stops_when_it_has_reached_its_recall_and_stays_stopped(cfg, plain
     assert len(lines_of(folder)) == 1
 
 
-def test_a_long_run_measures_its_precision_once_and_keeps_it(cfg, plain, monkeypatch, capsys):
+def test_a_long_run_measures_its_precision_once_and_records_it_in_best(cfg, plain, monkeypatch, capsys):
+    """The run's own config.json holds what was asked for, so that a sweep can compare it."""
     calls = []
 
-    def tune(model, batch, cfg):
+    def measure(model, batch, cfg):
         calls.append(len(batch["pixel_values"]))
         return dataclasses.replace(cfg, precision="fp32", channels_last=False), "measured"
 
-    monkeypatch.setattr("clip_scratch.training.autotune.tune", tune)
-    monkeypatch.setattr("clip_scratch.training.autotune.WORTH_MEASURING", 3)
+    monkeypatch.setattr("clip_scratch.training.start.choose_precision", measure)
+    monkeypatch.setattr("clip_scratch.training.start.MIN_STEPS", 3)
     folder = main(dataclasses.replace(cfg, epochs=2, max_steps=0))
     assert calls == [cfg.batch_size] and "measured" in capsys.readouterr().out
-    for file in (folder / "config.json", folder / "best/config.json"):
-        kept = json.loads(file.read_text())
-        assert kept["precision"] == "fp32" and not kept["channels_last"]
+    asked, resolved = (json.loads((folder / name).read_text()) for name in ("config.json", "best/config.json"))
+    assert asked["precision"] == "auto" and asked["channels_last"]
+    assert resolved["precision"] == "fp32" and not resolved["channels_last"]
     main(CFG(resume=str(folder)))
     main(dataclasses.replace(cfg, epochs=1, max_steps=2, run_dir=str(folder) + "-short"))
     assert len(calls) == 1
 
 
-def test_a_run_on_frozen_features_equals_one_that_recomputes_them(cfg, plain):
+def test_a_run_on_cached_features_equals_one_that_recomputes_them(cfg, plain):
     heads = dataclasses.replace(
-        cfg, image_freeze="heads", text_freeze="heads", crop_scale=1.0, horizontal_flip=0.0, color_jitter=0.0,
+        cfg, image_freeze="backbone", text_freeze="backbone", crop_scale=1.0, horizontal_flip=0.0, color_jitter=0.0,
         precision="fp32",
     )  # fmt: skip
     kept = lines_of(main(dataclasses.replace(heads, cached_views=1)))

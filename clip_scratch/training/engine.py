@@ -78,7 +78,7 @@ def train_epoch(
     model.train()
     loss = loss or loss_function(model, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
-    read_every = _READ_EVERY if model.device.type == "cuda" else 1
+    read_every = 1 if _reads_at_once(model.device) else _READ_EVERY
     total, unread, began = EpochStats(), _Unread(scaler is not None), time.perf_counter()
     for batches in _groups(on_device(loader, model.device), cfg.accumulation):
         optimizer.zero_grad(set_to_none=True)
@@ -94,6 +94,11 @@ def train_epoch(
     if unread.norms:
         _report(unread.read(total.batches), total, on_step, began)
     return total
+
+
+def _reads_at_once(device: torch.device) -> bool:
+    """Whether a loss can be read without waiting for the device."""
+    return device.type == "cpu"
 
 
 def loss_function(model: nn.Module, cfg: CFG) -> Loss:

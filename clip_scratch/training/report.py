@@ -148,11 +148,11 @@ def _recalls(metrics: dict[str, float]) -> str:
     )
 
 
-def epoch_line(state: TrainState, stats: EpochStats, metrics: dict[str, float], epoch: int) -> dict[str, object]:
-    """The line of metrics.jsonl for an epoch that has just been measured; epoch 0 is the untouched model."""
+def epoch_line(state: TrainState, stats: EpochStats, metrics: dict[str, float]) -> dict[str, object]:
+    """The line of metrics.jsonl for the epoch that has just ended; epoch 0 is the untouched model."""
     seconds = max(stats.seconds, 1e-9)
     return {
-        "epoch": epoch,
+        "epoch": state.progress.epoch,
         "step": state.progress.step,
         "train_loss": stats.loss if stats.batches else None,
         "pairs_per_second": stats.pairs_per_second,

@@ -102,6 +102,10 @@ class TrainState:
         """Restore what `state_dict` returned. Raises an error of several kinds where it does not fit."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        for parameter, moments in self.optimizer.state.items():
+            for key, value in moments.items():  # saved contiguous; the fused AdamW wants the parameter's own strides
+                if value.shape == parameter.shape:
+                    moments[key] = torch.empty_like(parameter).copy_(value)
         self.progress = Progress(**state["progress"] | {"stats": EpochStats(**state["progress"]["stats"])})
         self._began -= state["wall_seconds"]
         restore_random_states(state["random"], self.model.device)
