@@ -15,7 +15,6 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.models.hf_clip import HFCLIPModel
 from clip_scratch.training import frozen_cache
-from clip_scratch.training.device import computes_in_bf16
 from clip_scratch.training.engine import embed, train_epoch
 from clip_scratch.training.frozen_cache import FrozenLoader, freeze_features
 from clip_scratch.training.optimizer import build_average, build_optimizer
@@ -126,9 +125,8 @@ def test_images_that_are_not_augmented_have_one_view(setup, tiny_data):
     assert len(freeze_features(model, valid, cfg).images.values) == 1
 
 
-@pytest.mark.skipif(not computes_in_bf16(torch.device("cpu")), reason="the processor has no bf16")
 @pytest.mark.parametrize("image_precision", ["same", "fp32"])
-def test_activations_stay_in_bf16(setup, image_precision):
+def test_activations_stay_in_bf16(setup, image_precision, bf16):
     # A caption's padding, which differs, may round a sum another way
     settings = {
         "precision": "bf16",
@@ -137,7 +135,7 @@ def test_activations_stay_in_bf16(setup, image_precision):
         "text_freezing": "heads",
     }
     loader = assert_same_training(setup, tolerance=2e-2, **settings)
-    assert loader.images.values.dtype == torch.bfloat16
+    assert loader.images.values.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_more_captions_than_one_chunk(setup, monkeypatch):
@@ -191,7 +189,7 @@ def counted(monkeypatch):
     return calls
 
 
-def test_found_again_and_made_anew_when_something_changes(setup, monkeypatch, tmp_path):
+def test_found_again_and_computed_again_when_something_changes(setup, monkeypatch, tmp_path, bf16):
     calls = counted(monkeypatch)
 
     def computed(change=lambda model: None, **settings):
@@ -219,8 +217,7 @@ def test_found_again_and_made_anew_when_something_changes(setup, monkeypatch, tm
     alone = {"crop_scale": 1.0, "horizontal_flip": 0.0, "color_jitter": 0.0}
     assert computed(**alone) == (True, False)
     assert computed(**alone, seed=3, frozen_views=4) == (False, False)  # nothing is drawn
-    anew = computes_in_bf16(torch.device("cpu"))  # else all of these are fp32
-    assert computed(precision="bf16") == (anew, anew)
+    assert computed(precision="bf16") == (bf16, bf16)  # without bf16 all of these are fp32
     assert computed(precision="auto") == (False, False)
 
 
