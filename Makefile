@@ -23,7 +23,7 @@ bench: $(VENV)/.bench
 test: $(VENV)/.test
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 # A stamp is written only after pip succeeded. A pip that was killed leaves .unfinished behind, and half-written
 # packages with it: the next make starts from an empty .venv (pip has kept the downloads).

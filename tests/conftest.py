@@ -14,6 +14,8 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
@@ -38,6 +40,13 @@ CAPTIONS = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` stands for: the cores that this process may use, 8 at most (a worker takes about 1 GB)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, 8)
+
+
 def pytest_collection_modifyitems(items):
     if not FLICKR8K.is_dir():
         for item in items:
@@ -46,7 +55,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
+def _threads():
     import torch
 
     torch.set_num_threads(min(2, int(os.environ["OMP_NUM_THREADS"])))
@@ -56,6 +65,13 @@ def _two_threads():
 def flickr8k():
     """The folder of the real data; for tests marked real_data."""
     return FLICKR8K
+
+
+@pytest.fixture(params=[True, False], ids=["bf16", "no_bf16"])
+def bf16(request, monkeypatch):
+    """Whether the processor counts as one with bf16 arithmetic: the test runs with both answers on every machine."""
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", str(int(request.param)))
+    return request.param
 
 
 @pytest.fixture

@@ -9,10 +9,7 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.training import autotune
 from clip_scratch.training.autotune import tune
-from clip_scratch.device import computes_in_bf16
 from clip_scratch.training.engine import autocast, loss_of
-
-HAS_BF16 = computes_in_bf16(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def set_times(monkeypatch, seconds):
     return made
 
 
-def test_the_model_and_the_random_state_are_left_as_they_are(ready):
+def test_the_model_and_the_random_state_are_left_as_they_are(ready, bf16):
     model, batch = ready
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layout = model.image_encoder.model.conv1[0].weight.stride()
@@ -46,15 +43,15 @@ def test_the_model_and_the_random_state_are_left_as_they_are(ready):
     assert model.image_encoder.model.conv1[0].weight.stride() == layout and model.cfg.precision == "auto"
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
-    assert cfg.precision in ("bf16", "fp32")
+    assert cfg.precision == ("bf16" if bf16 else "fp32")
     assert "image tower" in why and "text tower" in why and why.count("ms a step") == 2
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="there is nothing to choose without bf16")
 @pytest.mark.parametrize("image", ["same", "fp32"])
 @pytest.mark.parametrize("text", ["same", "fp32"])
 @pytest.mark.parametrize("layout", [True, False])
 def test_each_tower_gets_its_fastest(ready, monkeypatch, image, text, layout):
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", "1")  # without bf16 there is only the layout to choose
     model, batch = ready
 
     def seconds(cfg, part):
@@ -69,6 +66,7 @@ def test_each_tower_gets_its_fastest(ready, monkeypatch, image, text, layout):
 
 
 def test_noise_does_not_change_the_choice(ready, monkeypatch):
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", "1")
     model, batch = ready
     times = iter([1.0, 0.95, 0.92, 0.97, 1.0, 0.91])
     set_times(monkeypatch, lambda cfg, part: next(times))
@@ -76,7 +74,7 @@ def test_noise_does_not_change_the_choice(ready, monkeypatch):
     assert (cfg.image_precision, cfg.text_precision, cfg.channels_last) == ("same", "same", True)
 
 
-def test_a_precision_that_was_asked_for_stays(ready, monkeypatch):
+def test_a_precision_that_was_asked_for_stays(ready, monkeypatch, bf16):
     model, batch = ready
     made = set_times(monkeypatch, lambda cfg, part: 1.0)
     cfg, _ = tune(model, batch, dataclasses.replace(model.cfg, image_precision="fp32"))
@@ -85,7 +83,7 @@ def test_a_precision_that_was_asked_for_stays(ready, monkeypatch):
 
 def test_without_bf16_only_the_layout_is_measured(ready, monkeypatch):
     model, batch = ready
-    monkeypatch.setattr(autotune, "computes_in_bf16", lambda device: False)
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", "0")
     made = set_times(monkeypatch, lambda cfg, part: 2.0 if cfg.channels_last else 1.0)
     cfg, why = tune(model, batch, model.cfg)
     assert cfg.precision == "fp32" and not cfg.channels_last and "bf16" not in why
@@ -98,8 +96,7 @@ def test_a_hopeless_candidate_costs_one_timed_step():
     assert len(calls) == 2
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="the processor has no bf16")
-def test_bf16_agrees_with_fp32_to_two_decimals(ready):
+def test_bf16_agrees_with_fp32_to_two_decimals(ready, bf16):
     model, batch = ready
     model.eval()
     embeddings = {}
@@ -107,11 +104,11 @@ def test_bf16_agrees_with_fp32_to_two_decimals(ready):
         with torch.inference_mode(), autocast(dataclasses.replace(model.cfg, precision=precision), model.device):
             embeddings[precision] = model(batch)
     for exact, fast in zip(embeddings["fp32"], embeddings["bf16"], strict=True):
-        assert ((exact * fast).sum(-1) > 0.999).all() and not torch.equal(exact, fast)
+        assert ((exact * fast).sum(-1) > 0.999).all() and torch.equal(exact, fast) != bf16
 
 
 @pytest.mark.parametrize("part", ["image", "text"])
-def test_a_tower_set_to_fp32_computes_in_fp32_and_can_be_set_back(ready, part):
+def test_a_tower_set_to_fp32_computes_in_fp32_and_can_be_set_back(ready, part, bf16):
     model, batch = ready
     model.eval()
 
@@ -129,4 +126,4 @@ def test_a_tower_set_to_fp32_computes_in_fp32_and_can_be_set_back(ready, part):
     before = loss()
     assert loss(**{f"{part}_precision": "fp32"})[1] == torch.float32
     assert loss(**{f"{part}_precision": "same"}) == before
-    assert before[1] == (torch.bfloat16 if HAS_BF16 else torch.float32)
+    assert before[1] == (torch.bfloat16 if bf16 else torch.float32)

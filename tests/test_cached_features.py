@@ -15,9 +15,8 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.models.hf_clip import HFCLIPModel
 from clip_scratch.training import frozen_cache
-from clip_scratch.device import computes_in_bf16
 from clip_scratch.training.engine import embed, train_epoch
-from clip_scratch.training.cached_features import FrozenLoader, freeze_features
+from clip_scratch.training.frozen_cache import FrozenLoader, freeze_features
 from clip_scratch.training.optimizer import build_average, build_optimizer
 
 
@@ -26,7 +25,7 @@ def setup(tiny_cfg, tiny_data, tiny_tokenizer, hf_cfg, tmp_path):
     """Make (model, training loader, validation loader, cfg) of settings; a `clip` is one of transformers."""
 
     def make(clip="", **settings):
-        settings = {"precision": "fp32", "cached_views": 2, "cache_path": str(tmp_path / "cache"), **settings}
+        settings = {"precision": "fp32", "frozen_views": 2, "cache_path": str(tmp_path / "cache"), **settings}
         torch.manual_seed(0)
         if clip:
             model = HFCLIPModel(hf_cfg(clip, **settings))
@@ -65,8 +64,8 @@ def few_views(data, views):
 
 def assert_same_training(setup, epochs=2, tolerance=1e-5, **settings):
     model, loader, valid, cfg = setup(**settings)
-    if settings["image_freeze"] != "full":
-        few_views(loader.dataset, cfg.cached_views)
+    if settings["image_freezing"] != "full":
+        few_views(loader.dataset, cfg.frozen_views)
     expected, after = trained(model, loader, cfg, epochs)
     embedded = embed(after, valid, cfg)
     model, loader, valid, cfg = setup(**settings)
@@ -88,14 +87,14 @@ def assert_same_training(setup, epochs=2, tolerance=1e-5, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"image_freeze": "heads", "text_freeze": "heads"},
-        {"image_freeze": "last:1", "text_freeze": "last:1"},
-        {"image_freeze": "first:1", "text_freeze": "first:1", "image_dropout": 0.3, "captions_per_image": 0},
-        {"image_freeze": "heads", "text_freeze": "full", "ema": 0.9, "captions_per_image": 2},
-        {"image_freeze": "full", "text_freeze": "heads", "num_workers": 1},
-        {"model_name": "test_convnext", "image_freeze": "last:2", "text_freeze": "frozen"},
-        {"clip": "clip", "image_freeze": "last:1", "text_freeze": "last:1"},
-        {"clip": "siglip", "image_freeze": "heads", "text_freeze": "last:1"},
+        {"image_freezing": "heads", "text_freezing": "heads"},
+        {"image_freezing": "last:1", "text_freezing": "last:1"},
+        {"image_freezing": "first:1", "text_freezing": "first:1", "image_dropout": 0.3, "captions_per_image": 0},
+        {"image_freezing": "heads", "text_freezing": "full", "ema": 0.9, "captions_per_image": 2},
+        {"image_freezing": "full", "text_freezing": "heads", "num_workers": 1},
+        {"model_name": "test_convnext", "image_freezing": "last:2", "text_freezing": "frozen"},
+        {"clip": "clip", "image_freezing": "last:1", "text_freezing": "last:1"},
+        {"clip": "siglip", "image_freezing": "heads", "text_freezing": "last:1"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -104,20 +103,20 @@ def test_trains_as_if_it_were_computed_in_every_epoch(setup, settings):
 
 
 def test_each_epoch_sees_its_own_view(setup):
-    loader = assert_same_training(setup, epochs=4, image_freeze="heads", cached_views=3)
+    loader = assert_same_training(setup, epochs=4, image_freezing="heads", frozen_views=3)
     assert loader.images.values.shape[:2] == (3, 20)
     views = loader.images.values
     assert not torch.equal(views[0], views[1]) and not torch.equal(views[1], views[2])
 
 
 def test_a_tower_that_is_not_kept_goes_on_seeing_new_pixels(setup):
-    loader = assert_same_training(setup, epochs=3, image_freeze="full", text_freeze="heads", cached_views=1)
-    first, second = (next(iter(loader.start(epoch)))["pixel_values"] for epoch in (0, 1))
+    loader = assert_same_training(setup, epochs=3, image_freezing="full", text_freezing="heads", frozen_views=1)
+    first, second = (next(iter(loader.start(epoch)))["pixels"] for epoch in (0, 1))
     assert loader.images is None and not torch.equal(first, second)
 
 
 def test_images_that_are_not_augmented_have_one_view(setup, tiny_data):
-    plain = {"crop_scale": 1.0, "horizontal_flip": 0.0, "color_jitter": 0.0, "cached_views": 3}
+    plain = {"crop_scale": 1.0, "horizontal_flip": 0.0, "color_jitter": 0.0, "frozen_views": 3}
     model, loader, valid, cfg = setup(trainable=False, **plain)
     assert len(freeze_features(model, loader, cfg).images.values) == 1
     train = tiny_data.table[tiny_data.table["split"] == "train"]
@@ -126,34 +125,33 @@ def test_images_that_are_not_augmented_have_one_view(setup, tiny_data):
     assert len(freeze_features(model, valid, cfg).images.values) == 1
 
 
-@pytest.mark.skipif(not computes_in_bf16(torch.device("cpu")), reason="the processor has no bf16")
 @pytest.mark.parametrize("image_precision", ["same", "fp32"])
-def test_activations_stay_in_bf16(setup, image_precision):
+def test_activations_stay_in_bf16(setup, image_precision, bf16):
     # A caption's padding, which differs, may round a sum another way
     settings = {
         "precision": "bf16",
         "image_precision": image_precision,
-        "image_freeze": "last:1",
-        "text_freeze": "heads",
+        "image_freezing": "last:1",
+        "text_freezing": "heads",
     }
     loader = assert_same_training(setup, tolerance=2e-2, **settings)
-    assert loader.images.values.dtype == torch.bfloat16
+    assert loader.images.values.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_more_captions_than_one_chunk(setup, monkeypatch):
     monkeypatch.setattr("clip_scratch.models.clip._CHUNK", 8)
     monkeypatch.setattr(frozen_cache, "_CAPTIONS", 8)
-    assert_same_training(setup, text_freeze="last:1", image_freeze="heads", captions_per_image=0)
+    assert_same_training(setup, text_freezing="last:1", image_freezing="heads", captions_per_image=0)
 
 
 @pytest.mark.parametrize("per_image", [0, 1, 2, 3])
 @pytest.mark.parametrize("policy", ["heads", "last:1"])
 def test_a_batch_has_all_the_rest(setup, per_image, policy):
-    model, loader, _, cfg = setup(image_freeze="heads", text_freeze=policy, captions_per_image=per_image)
+    model, loader, _, cfg = setup(image_freezing="heads", text_freezing=policy, captions_per_image=per_image)
     frozen = freeze_features(model, loader, cfg)
     assert len(frozen) == len(loader) and frozen.dataset is loader.dataset and frozen.batches is loader.batches
     for ours, plain in zip(frozen.start(3, 1), list(loader.start(3, 1)), strict=True):
-        assert "pixel_values" not in ours and frozen.batches.skip == 1
+        assert "pixels" not in ours and frozen.batches.skip == 1
         assert ours["names"] == plain["names"]
         tokens = ("input_ids", "attention_mask") if policy == "last:1" else ()
         for name in ("image_ids", "caption_image_ids", "caption_ids", *tokens):
@@ -164,16 +162,16 @@ def test_a_batch_has_all_the_rest(setup, per_image, policy):
 def test_nothing_is_kept_where_all_trains(setup, policy, tmp_path, capsys):
     if policy == "lora":
         pytest.importorskip("peft")
-    model, loader, valid, cfg = setup(image_freeze=policy, text_freeze=policy)
+    model, loader, valid, cfg = setup(image_freezing=policy, text_freezing=policy)
     capsys.readouterr()
     assert freeze_features(model, loader, cfg) is loader and freeze_features(model, valid, cfg) is valid
-    said = "cached_views has no effect: no tower has frozen layers below the trained ones\n"
+    said = "frozen_views has no effect: no tower has frozen layers below the trained ones\n"
     assert capsys.readouterr().err == said  # once
     assert not list((tmp_path / "cache").glob("frozen-*"))
 
 
 def test_nothing_is_kept_unless_asked(setup, capsys):
-    model, loader, _, cfg = setup(trainable=False, cached_views=0)
+    model, loader, _, cfg = setup(trainable=False, frozen_views=0)
     capsys.readouterr()
     assert freeze_features(model, loader, cfg) is loader
     assert capsys.readouterr().err == ""
@@ -191,7 +189,7 @@ def counted(monkeypatch):
     return calls
 
 
-def test_found_again_and_made_anew_when_something_changes(setup, monkeypatch, tmp_path):
+def test_found_again_and_computed_again_when_something_changes(setup, monkeypatch, tmp_path, bf16):
     calls = counted(monkeypatch)
 
     def computed(change=lambda model: None, **settings):
@@ -218,9 +216,8 @@ def test_found_again_and_made_anew_when_something_changes(setup, monkeypatch, tm
     assert computed(text_precision="fp32" if CFG.text_precision == "same" else "same") == (False, True)
     alone = {"crop_scale": 1.0, "horizontal_flip": 0.0, "color_jitter": 0.0}
     assert computed(**alone) == (True, False)
-    assert computed(**alone, seed=3, cached_views=4) == (False, False)  # nothing is drawn
-    anew = computes_in_bf16(torch.device("cpu"))  # else all of these are fp32
-    assert computed(precision="bf16") == (anew, anew)
+    assert computed(**alone, seed=3, frozen_views=4) == (False, False)  # nothing is drawn
+    assert computed(precision="bf16") == (bf16, bf16)  # without bf16 all of these are fp32
     assert computed(precision="auto") == (False, False)
 
 

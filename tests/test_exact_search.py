@@ -124,7 +124,7 @@ def test_arrays_and_half_precision_are_taken():
 def test_the_copy_is_made_where_it_pays(monkeypatch):
     monkeypatch.setattr(exact, "HALF_FROM", 64)
     for in_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(exact, "computes_in_bf16", lambda device, answer=in_bf16: answer)
+        monkeypatch.setenv("CLIP_SCRATCH_BF16", str(int(in_bf16)))
         assert ExactSearch(torch.ones(8, 8)).scanned.dtype == dtype
         assert ExactSearch(torch.ones(7, 9)).scanned.dtype == torch.float32
     small = ExactSearch(torch.ones(7, 9))

@@ -13,9 +13,9 @@ import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
-SMALL = 'RUN = ""\nN_SCENES, EPOCHS = 200, 1'  # in place of the cell that is tagged "settings"
+SMALL = 'RUN = ""\nN_SCENES, EPOCHS = 100, 1'  # in place of the cell that is tagged "settings"
 KERNEL = "clip-scratch-tests"
-SMALL_CLIP = 'MODEL = "models/clip"\nCAPTIONS = IMAGES = ""\nN_SCENES, EPOCHS = 200, 1'
+SMALL_CLIP = 'MODEL = "models/clip"\nCAPTIONS = IMAGES = ""\nN_SCENES, EPOCHS = 100, 1'
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_train_then_find(execute):
     assert "Did you mean epochs" in text_of(cell_with(trained, "Scenes.epoch = 3"))
     assert len(pictures(cell_with(trained, "plt.subplots(1, 4"))) == 1
     assert len(pictures(cell_with(trained, "metrics.jsonl"))) == 1
-    assert "test: 20 images, 100 captions" in text_of(cell_with(trained, "evaluate(run"))
+    assert "test: 10 images, 50 captions" in text_of(cell_with(trained, "evaluate(run"))
     assert sorted(p.name for p in execute.work.iterdir()) == ["data", "runs"]
     [run] = (execute.work / "runs").iterdir()
 

@@ -61,8 +61,16 @@ def newcomer(tmp_path, monkeypatch, hf_clip):
     from transformers import AutoModel, DistilBertConfig
 
     from clip_scratch.data.tokenizer import train_tokenizer
+    from clip_scratch.models import encoders
     from clip_scratch.models.encoders import ImageEncoder
 
+    def one_layer(name, text_config=encoders.text_config):
+        """The published sizes but one layer: a run saves its 100 million weights several times."""
+        config = text_config(name)
+        config.num_hidden_layers = 1
+        return config
+
+    monkeypatch.setattr(encoders, "text_config", one_layer)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(hf_clip("clip"), tmp_path / "models/clip")  # in the place of the one from the hub
     write_products(tmp_path)
