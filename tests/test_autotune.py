@@ -1,6 +1,7 @@
-"""precision="auto": what is measured, what is chosen, and that nothing else changes."""
+"""precision="auto": what is measured, what is chosen, what is remembered, and that nothing else changes."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,8 +9,7 @@ import torch
 from clip_scratch.data.loaders import build_loaders
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.training import autotune
-from clip_scratch.training.autotune import tune
-from clip_scratch.training.engine import autocast, loss_of
+from clip_scratch.training.autotune import choose_precision, measure_precision
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def ready(tiny_data, tiny_cfg, tiny_tokenizer):
 
 
 def set_times(monkeypatch, seconds):
-    """In the place of a stopwatch: `seconds(cfg, part)`."""
+    """In place of a stopwatch: `seconds(cfg, tower)`. Returns the (tower, cfg) that were timed."""
     made = []
 
-    def step(model, part, batch, cfg):
-        made.append((part, cfg))
+    def step(model, tower, batch, cfg):
+        made.append((tower, cfg))
         return lambda: None
 
     monkeypatch.setattr(autotune, "_step", step)
@@ -38,56 +38,82 @@ def test_the_model_and_the_random_state_are_left_as_they_are(ready, bf16):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layout = model.image_encoder.model.conv1[0].weight.stride()
     state = torch.get_rng_state()
-    cfg, why = tune(model, batch, model.cfg)
+    cfg, message = measure_precision(model, batch, model.cfg)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.image_encoder.model.conv1[0].weight.stride() == layout and model.cfg.precision == "auto"
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
-    assert cfg.precision == ("bf16" if bf16 else "fp32")
-    assert "image tower" in why and "text tower" in why and why.count("ms a step") == 2
+    assert cfg.precision in ({"bf16", "fp32", "bf16/fp32", "fp32/bf16"} if bf16 else {"fp32"})
+    assert "image tower" in message and "text tower" in message and message.count("ms a step") == 2
 
 
-@pytest.mark.parametrize("image", ["same", "fp32"])
-@pytest.mark.parametrize("text", ["same", "fp32"])
+@pytest.mark.parametrize(
+    ("image", "text", "precision"),
+    [("bf16", "bf16", "bf16"), ("fp32", "fp32", "fp32"), ("fp32", "bf16", "fp32/bf16"), ("bf16", "fp32", "bf16/fp32")],
+)
 @pytest.mark.parametrize("layout", [True, False])
-def test_each_tower_gets_its_fastest(ready, monkeypatch, image, text, layout):
+def test_each_tower_gets_its_fastest(ready, monkeypatch, image, text, precision, layout):
     monkeypatch.setenv("CLIP_SCRATCH_BF16", "1")  # without bf16 there is only the layout to choose
     model, batch = ready
 
-    def seconds(cfg, part):
-        if part == "text":
-            return 1.0 if cfg.text_precision == text else 2.0
-        return 1.0 if (cfg.image_precision, cfg.channels_last) == (image, layout) else 2.0
+    def seconds(cfg, tower):
+        fastest = cfg.precision == text if tower == "text" else (cfg.precision, cfg.channels_last) == (image, layout)
+        return 1.0 if fastest else 2.0
 
     made = set_times(monkeypatch, seconds)
-    cfg, _ = tune(model, batch, model.cfg)
-    assert (cfg.image_precision, cfg.text_precision, cfg.channels_last) == (image, text, layout)
-    assert [part for part, _ in made] == ["image"] * 4 + ["text"] * 2
+    cfg, _ = measure_precision(model, batch, model.cfg)
+    assert (cfg.precision, cfg.channels_last) == (precision, layout)
+    assert [tower for tower, _ in made] == ["image"] * 4 + ["text"] * 2
 
 
 def test_noise_does_not_change_the_choice(ready, monkeypatch):
     monkeypatch.setenv("CLIP_SCRATCH_BF16", "1")
     model, batch = ready
     times = iter([1.0, 0.95, 0.92, 0.97, 1.0, 0.91])
-    set_times(monkeypatch, lambda cfg, part: next(times))
-    cfg, _ = tune(model, batch, model.cfg)
-    assert (cfg.image_precision, cfg.text_precision, cfg.channels_last) == ("same", "same", True)
-
-
-def test_a_precision_that_was_asked_for_stays(ready, monkeypatch, bf16):
-    model, batch = ready
-    made = set_times(monkeypatch, lambda cfg, part: 1.0)
-    cfg, _ = tune(model, batch, dataclasses.replace(model.cfg, image_precision="fp32"))
-    assert cfg.image_precision == "fp32" and {c.image_precision for part, c in made if part == "image"} == {"fp32"}
+    set_times(monkeypatch, lambda cfg, tower: next(times))
+    cfg, _ = measure_precision(model, batch, model.cfg)
+    assert (cfg.precision, cfg.channels_last) == ("bf16", True)
 
 
 def test_without_bf16_only_the_layout_is_measured(ready, monkeypatch):
     model, batch = ready
     monkeypatch.setenv("CLIP_SCRATCH_BF16", "0")
-    made = set_times(monkeypatch, lambda cfg, part: 2.0 if cfg.channels_last else 1.0)
-    cfg, why = tune(model, batch, model.cfg)
-    assert cfg.precision == "fp32" and not cfg.channels_last and "bf16" not in why
-    assert [part for part, _ in made] == ["image", "image", "text"]
+    made = set_times(monkeypatch, lambda cfg, tower: 2.0 if cfg.channels_last else 1.0)
+    cfg, message = measure_precision(model, batch, model.cfg)
+    assert cfg.precision == "fp32" and not cfg.channels_last and "bf16" not in message
+    assert [tower for tower, _ in made] == ["image", "image", "text"]
+
+
+def test_the_choice_is_remembered_for_this_machine_and_these_towers(ready, monkeypatch, tmp_path, bf16):
+    model, batch = ready
+    model.cfg = cfg = dataclasses.replace(model.cfg, cache_path=str(tmp_path))
+    made = set_times(monkeypatch, lambda cfg, tower: 1.0 if cfg.precision == "fp32" else 2.0)
+    first, _ = choose_precision(model, batch, cfg)
+    timed = len(made)
+    again, message = choose_precision(model, batch, dataclasses.replace(cfg, epochs=7))
+    assert len(made) == timed and "measured before" in message
+    assert (again.precision, again.channels_last) == (first.precision, first.channels_last) == ("fp32", True)
+    assert again.epochs == 7
+    (file,) = tmp_path.glob("precision-*.json")
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", str(int(not bf16)))  # another machine
+    choose_precision(model, batch, cfg)
+    model.image_encoder.requires_grad_(False)  # another tower
+    choose_precision(model, batch, cfg)
+    assert len(list(tmp_path.glob("precision-*.json"))) == 3
+    file.write_text("{")  # damaged
+    model.image_encoder.requires_grad_(True)
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", str(int(bf16)))
+    choose_precision(model, batch, cfg)
+    assert json.loads(file.read_text())["precision"] == "fp32"
+
+
+def test_without_a_cache_folder_it_is_measured_each_time(ready, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    model, batch = ready
+    made = set_times(monkeypatch, lambda cfg, tower: 1.0)
+    cfg = dataclasses.replace(model.cfg, cache_path=str(tmp_path / "file" / "cache"))
+    counts = [len(made) for _ in range(2) if choose_precision(model, batch, cfg)]
+    assert counts[1] == 2 * counts[0]
 
 
 def test_a_hopeless_candidate_costs_one_timed_step():
@@ -101,29 +127,31 @@ def test_bf16_agrees_with_fp32_to_two_decimals(ready, bf16):
     model.eval()
     embeddings = {}
     for precision in ("fp32", "bf16"):
-        with torch.inference_mode(), autocast(dataclasses.replace(model.cfg, precision=precision), model.device):
+        model.cfg = dataclasses.replace(model.cfg, precision=precision)
+        with torch.no_grad():
             embeddings[precision] = model(batch)
     for exact, fast in zip(embeddings["fp32"], embeddings["bf16"], strict=True):
         assert ((exact * fast).sum(-1) > 0.999).all() and torch.equal(exact, fast) != bf16
 
 
-@pytest.mark.parametrize("part", ["image", "text"])
-def test_a_tower_set_to_fp32_computes_in_fp32_and_can_be_set_back(ready, part, bf16):
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_one_tower_in_fp32_beside_the_other_in_bf16(ready, tower, bf16):
     model, batch = ready
     model.eval()
 
-    def loss(**settings):
-        model.cfg = dataclasses.replace(model.cfg, precision="bf16", **settings)
-        model.apply_precision()
+    def dtype_of_a_layer(precision):
+        model.cfg = dataclasses.replace(model.cfg, precision=precision)
         seen = []
-        tower = model.towers[part]
-        layer = next(m for m in tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
+        layer = next(
+            m for m in model.towers[tower].modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+        )  # fmt: skip
         hook = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        value = loss_of(model, batch, model.cfg)[0].item()
+        with torch.no_grad():
+            model(batch)
         hook.remove()
-        return value, seen[0]
+        return seen[0]
 
-    before = loss()
-    assert loss(**{f"{part}_precision": "fp32"})[1] == torch.float32
-    assert loss(**{f"{part}_precision": "same"}) == before
-    assert before[1] == (torch.bfloat16 if bf16 else torch.float32)
+    low = torch.bfloat16 if bf16 else torch.float32
+    assert dtype_of_a_layer("bf16") == low
+    assert dtype_of_a_layer("fp32/bf16") == (torch.float32 if tower == "image" else low)
+    assert dtype_of_a_layer("bf16/fp32") == (torch.float32 if tower == "text" else low)

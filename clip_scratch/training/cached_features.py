@@ -168,9 +168,9 @@ def _computed_once(
 
     try:
         path = cache_folder(cfg) / f"features-{key}.bin"
-        if not path.is_file():
+        if not _is_complete(path, size):
             with sole_writer(path):
-                if not path.is_file():
+                if not _is_complete(path, size):
                     check_room(path.parent, size, f"the features of the frozen {tower} tower", "--cached-views 0")
                     write_atomically(path, write, size)
         return _open_tensor(path, shape, dtype)
@@ -180,6 +180,10 @@ def _computed_once(
             "--cache-path to a folder with room.", file=sys.stderr
         )  # fmt: skip
         return None
+
+
+def _is_complete(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _open_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
