@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import tyro
 
 from clip_scratch import evaluate, search
-from clip_scratch.cli import parse, resumed
-from clip_scratch.config import CFG, PRESETS
+from clip_scratch.cli import parse
+from clip_scratch.config import CFG
 from clip_scratch.errors import UserError
-from clip_scratch.training import checkpoint
+from clip_scratch.files import write_json
+from clip_scratch.presets import PRESETS
+from clip_scratch.training.run import Run, resumed
 
 
 def settings_of(*words):
@@ -22,7 +25,7 @@ def a_run(tmp_path, tiny_cfg):
     """A run folder as far as the command line looks into it."""
     (tmp_path / "run").mkdir()
     cfg = dataclasses.replace(tiny_cfg, run_dir=str(tmp_path / "run"), num_workers=3, on_bad_image="skip")
-    checkpoint.write_json(tmp_path / "run/config.json", dataclasses.asdict(cfg))
+    write_json(tmp_path / "run/config.json", dataclasses.asdict(cfg))
     return str(tmp_path / "run"), cfg
 
 
@@ -46,24 +49,38 @@ def test_a_first_word_picks_the_preset(name):
     cfg = parse([name, "--batch-size", "7", "--no-pretrained", "--head-lr", "0.5"])
     assert type(cfg) is PRESETS[name]
     assert dataclasses.replace(cfg, run_dir="") == PRESETS[name](batch_size=7, pretrained=False, head_lr=0.5)
-    assert cfg.run_dir.startswith(f"runs/{name}-")
 
 
 def test_the_run_folder_can_be_named():
     assert parse(["--run-dir", "runs/mine"]).run_dir == "runs/mine"
-    assert parse(["--captions-path", "x.csv"]).run_dir.startswith("runs/run-")
+
+
+def test_the_run_folder_is_named_after_the_preset_and_the_time(tmp_path, monkeypatch):
+    """Two of one second get two folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clip_scratch.training.run.time.strftime", lambda _: "20260101-120000")
+    assert Run(parse(["--captions-path", "x.csv"])).folder == Path("runs/run-20260101-120000")
+    assert Run(parse(["compact"])).folder == Path("runs/compact-20260101-120000")
+    Path("runs/compact-20260101-120000").mkdir(parents=True)
+    assert Run(parse(["compact"])).folder == Path("runs/compact-20260101-120000-2")
 
 
 def test_an_unknown_preset():
-    with pytest.raises(UserError, match=r"no preset is called 'flicker8k'.*Did you mean flickr8k"):
+    with pytest.raises(UserError, match=r"there is no preset 'flicker8k'.*Did you mean flickr8k"):
         parse(["flicker8k"])
 
 
 def test_help_names_the_presets(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and all(name in said for name in PRESETS) and "--batch-size" in said
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and all(name in printed for name in PRESETS)
+    fields = [field.name for field in dataclasses.fields(CFG)]
+    assert all(f"--{name.replace('_', '-')}" in printed for name in fields)
+    assert "in pixels" in printed and "(default: 64)" in printed  # the scenes' size
+    topics = ["data", "images", "model", "loss", "optimization", "hardware", "run"]
+    places = [printed.index(f" {topic} options ") for topic in topics]
+    assert places == sorted(places)
 
 
 # ---- resume

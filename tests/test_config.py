@@ -157,7 +157,10 @@ def test_nothing_near_suggests_nothing():
         ({"captions_path": 3}, "captions_path takes str"),
         ({"captions_path": None}, "captions_path takes str"),
         ({"loss": "info_nce"}, "loss is one of .*Did you mean infonce"),
-        ({"precision": "fp8"}, "precision is one of .*fp32, bf16, fp16, not 'fp8'"),
+        ({"precision": "fp8"}, "precision is auto, fp32, bf16, fp16, or one for each tower .*, not 'fp8'"),
+        ({"precision": "fp16/fp32"}, "precision is auto"),  # one gradient scaler serves both towers
+        ({"resize": "crop:0"}, "resize is stretch, crop or crop:PIXELS, not 'crop:0'"),
+        ({"seed": -1}, "seed is between 0 and 4294967295, not -1"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_by_name(settings, says):
@@ -262,11 +265,21 @@ def test_suggest():
 
 @pytest.mark.parametrize("name", ["image_freeze", "text_freeze"])
 def test_freezing_is_one_vocabulary(name):
-    for value in ("frozen", "heads", "full", "lora", "first:0", "first:6", "last:1", "last:12"):
+    for value in ("none", "first:1", "first:6", "all-but-last:1", "all-but-last:12", "backbone", "all", "lora"):
         assert getattr(CFG(**{name: value}), name) == value
-    for value in ("last:0", "last:-1", "first:", "first", "last:one", "Full", "", "first:6 ", "lora:8", "heads\n"):
-        with pytest.raises(UserError, match=f"{name} is frozen, heads, first:N, last:N, lora or full, not"):
+    for value in ("first:0", "all-but-last:-1", "first:", "first", "last:one", "None", "", "first:6 ", "lora:8"):
+        with pytest.raises(UserError, match=f"{name} is none, first:N, all-but-last:N, backbone, all or lora, not"):
             CFG(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("full", "none"), ("heads", "backbone"), ("frozen", "all"), ("last:2", "all-but-last:2")]
+)
+def test_the_old_words_of_freezing_are_refused_with_the_new_ones(old, new):
+    with pytest.raises(UserError, match=f"not '{old}'. '{old}' is now called '{new}'"):
+        CFG(image_freeze=old)
+    with pytest.raises(UserError, match="no setting 'image_freezing'. Did you mean image_freeze"):
+        CFG(image_freezing=old)
 
 
 def test_the_share_of_wise_ft():
@@ -290,6 +303,6 @@ def test_a_recipe_on_the_command_line(name):
 
     cfg = parse([name, "--accumulation", "4", "--text-freeze", "lora", "--wise-ft", "auto", "--ema", "0.99"])
     assert (cfg.backend, cfg.accumulation, cfg.text_freeze, cfg.wise_ft) == ("hf_clip", 4, "lora", "auto")
-    assert cfg.run_dir.startswith(f"runs/{name}-") and cfg.early_stopping > 0
+    assert type(cfg) is PRESETS[name] and cfg.early_stopping > 0
     settings = dataclasses.asdict(cfg)
     assert dataclasses.asdict(CFG(**settings)) == settings

@@ -357,7 +357,9 @@ def test_bytes_are_normalised_and_floats_taken_as_they_are(model, batch):
     model.eval()
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.image_encoder.mean, model.image_encoder.std))
     floats = (batch["pixel_values"].float() / 255 - mean) / std
-    torch.testing.assert_close(model.encode_image(batch["pixel_values"]), model.encode_image(floats), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model.encode_image(batch["pixel_values"]), model.encode_image(floats), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_the_memory_format_changes_nothing_but_speed(model, batch, tiny_cfg, tiny_tokenizer):
@@ -412,7 +414,11 @@ def test_the_tokenizer_knows_the_shortest_limit(tiny_cfg, tiny_tokenizer):
 def test_any_size_of_a_model_with_a_fixed_one(tiny_cfg, tiny_tokenizer, batch):
     model = CLIPModel(dataclasses.replace(tiny_cfg, model_name="vit_tiny_patch16_224"), tiny_tokenizer)
     assert model.encode_image(batch["pixel_values"]).shape == (4, 32)
-    assert model.image_transform()(image=batch["pixel_values"][0].permute(1, 2, 0).numpy())["image"].shape == (3, 32, 32)
+    assert model.image_transform()(image=batch["pixel_values"][0].permute(1, 2, 0).numpy())["image"].shape == (
+        3,
+        32,
+        32,
+    )
 
 
 def test_the_settings_class_will_do_and_weights_travel(tiny_cfg, tiny_tokenizer, model, batch):

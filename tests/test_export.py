@@ -9,16 +9,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from clip_scratch.training.checkpoint import load, prepare_best, save_best
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, VisionTextDualEncoderModel
 
 from clip_scratch.config import CFG
 from clip_scratch.data.images import load_image
 from clip_scratch.errors import UserError
 from clip_scratch.export import Arguments, export, main
-from clip_scratch.models.clip import CLIPModel
 from clip_scratch.exporting.dual_encoder import to_dual_encoder
+from clip_scratch.models.clip import CLIPModel
 from clip_scratch.retrieval.embed import encode_image, encode_text
-from clip_scratch.training.checkpoint import load, prepare_best, save_best
 
 CAPTIONS = ["red", "one blue square , number 7", "There is a green square in the left half of this picture"]
 

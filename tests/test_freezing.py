@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from clip_scratch.training.checkpoint import run_config
 from torch import nn
 from transformers import AutoModel
 
@@ -22,7 +23,6 @@ from clip_scratch.models.encoders import TextEncoder
 from clip_scratch.models.freezing import blocks, count_parameters, freeze, merged_state, places, policies
 from clip_scratch.models.hf_clip import HFCLIPModel
 from clip_scratch.train import main
-from clip_scratch.training.checkpoint import run_config
 from clip_scratch.training.optimizer import build_optimizer, learning_rates
 
 POLICIES = ["frozen", "heads", "first:0", "first:1", "last:1", "lora", "full"]
@@ -315,9 +315,7 @@ def test_lora_of_one_tower_merges_beside_the_other(build):
 
 def test_lora_without_peft_names_the_extra(build, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(
-        UserError, match=r"text_freeze lora needs another library: pip install 'clip_scratch\[lora\]'"
-    ):
+    with pytest.raises(UserError, match=r"text_freeze lora needs another library: pip install 'clip_scratch\[lora\]'"):
         build("clip", text_freeze="lora")
     assert merged_state(build("clip")).keys() == build("clip").state_dict().keys()  # and nothing else asks for it
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from clip_scratch.training.checkpoint import prepare_best, save_best
 from PIL import Image
 
 from clip_scratch.data.images import load_image
@@ -18,7 +19,6 @@ from clip_scratch.models.clip import CLIPModel
 from clip_scratch.retrieval.embed import encode_image, encode_text, get_image_embeddings
 from clip_scratch.retrieval.exact import ExactSearch
 from clip_scratch.retrieval.matches import Matches, find_captions, find_matches, save_grid
-from clip_scratch.training.checkpoint import prepare_best, save_best
 
 QUERIES = ["a red square", "There is a blue square in the left half of this picture", "green", "box"]
 

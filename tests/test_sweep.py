@@ -1,4 +1,4 @@
-"""The sweep over strategies of freezing: five runs, one table, and that it goes on where it was stopped."""
+"""The sweep over strategies of freezing: five runs, one table, and that it continues where it stopped."""
 
 import csv
 import dataclasses
@@ -7,20 +7,19 @@ import json
 import pytest
 from PIL import Image
 
-import clip_scratch.training.report as report
 import clip_scratch.training.engine as engine
+import clip_scratch.training.start as start
 from clip_scratch.errors import UserError
-from clip_scratch.sweep import strategies
+from clip_scratch.sweep import strategies, sweep
 from clip_scratch.train import main
 
 NAMES = ["zero-shot", *strategies(3, 1e-5)]
 
 
-def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, tmp_path, monkeypatch, capsys):
-    """Interrupted in the middle of `full`, gone on with, done again."""
-    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
-    monkeypatch.setattr(report, "report_run", lambda *_: None)
-    cfg = hf_cfg(sweep="freezing", epochs=1, lora_rank=2, run_dir=str(tmp_path / "sweep"))
+def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, plain, tmp_path, monkeypatch, capsys):
+    """Interrupted in the middle of `none`, continued, and called again; the runs are long enough to measure precision."""
+    monkeypatch.setattr(start, "MIN_STEPS", 1)
+    cfg = hf_cfg(epochs=1, lora_rank=2, run_dir=str(tmp_path / "sweep"))
     train_epoch, trained = engine.train_epoch, []
 
     def counted(model, *args, **options):
@@ -30,12 +29,12 @@ def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, tmp_path, monkeypatch,
         return train_epoch(model, *args, **options)
 
     monkeypatch.setattr(engine, "train_epoch", counted)
-    with pytest.raises(KeyboardInterrupt, match=f"go on with the same command and --run-dir {tmp_path / 'sweep'}"):
-        main(cfg)
-    folder = main(cfg)
-    assert trained == ["first:1", "heads", "full", "full", "lora"]
-    said = capsys.readouterr().out
-    assert all(f"== {name}" in said for name in NAMES)
+    with pytest.raises(KeyboardInterrupt, match=f"continue with the same command and --run-dir {tmp_path / 'sweep'}"):
+        sweep(cfg)
+    folder = sweep(cfg)
+    assert trained == ["first:1", "backbone", "none", "none", "lora"]
+    printed = capsys.readouterr().out
+    assert all(f"== {name}" in printed for name in NAMES)
 
     assert {path.name for path in folder.iterdir()} == {*NAMES, *(f"comparison.{x}" for x in ("md", "csv", "png"))}
     rows = list(csv.reader((folder / "comparison.csv").read_text().splitlines()))
@@ -52,9 +51,9 @@ def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, tmp_path, monkeypatch,
         *_, line = (json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines())
         assert line["epoch"] == (name != "zero-shot")
         counts[name] = line["trained_parameters"]
-    assert counts["heads"] < counts["lora"] < counts["vision-first-1"] < counts["full"]
+    assert counts["backbone"] < counts["lora"] < counts["vision-first-1"] < counts["none"]
     table = (folder / "comparison.csv").read_text()
-    main(cfg)
+    sweep(cfg)
     assert len(trained) == 5 and (folder / "comparison.csv").read_text() == table
 
 
@@ -67,22 +66,20 @@ def test_a_deep_tower_has_its_first_six_blocks_frozen():
     ]
 
 
-def test_a_sweep_does_not_mix_runs_of_different_settings(hf_cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
-    monkeypatch.setattr(report, "report_run", lambda *_: None)
-    cfg = hf_cfg(sweep="freezing", epochs=1, run_dir=str(tmp_path))
-    main(dataclasses.replace(cfg, sweep="", epochs=0, run_dir=str(tmp_path / "zero-shot")))
+def test_a_sweep_does_not_mix_runs_of_different_settings(hf_cfg, plain, tmp_path):
+    cfg = hf_cfg(epochs=1, run_dir=str(tmp_path))
+    main(dataclasses.replace(cfg, epochs=0, run_dir=str(tmp_path / "zero-shot")))
     with pytest.raises(UserError, match="zero-shot was trained with batch_size=4, not 5: choose another --run-dir"):
-        main(dataclasses.replace(cfg, batch_size=5))
+        sweep(dataclasses.replace(cfg, batch_size=5))
     with pytest.raises(UserError, match="zero-shot is a run: choose another --run-dir"):
-        main(dataclasses.replace(cfg, run_dir=str(tmp_path / "zero-shot")))
+        sweep(dataclasses.replace(cfg, run_dir=str(tmp_path / "zero-shot")))
     with pytest.raises(UserError, match="sets image_freeze and text_freeze itself"):
-        main(dataclasses.replace(cfg, text_freeze="lora"))
+        sweep(dataclasses.replace(cfg, text_freeze="lora"))
 
 
 def test_a_sweep_needs_a_pretrained_clip(tiny_cfg, hf_cfg, tmp_path):
     with pytest.raises(UserError, match="it needs a pretrained CLIP"):
-        main(dataclasses.replace(tiny_cfg, sweep="freezing", run_dir=str(tmp_path / "run")))
-    with pytest.raises(UserError, match="a sweep goes on with the same command and --run-dir somewhere"):
-        main(hf_cfg(sweep="freezing", resume="somewhere"))
+        sweep(dataclasses.replace(tiny_cfg, run_dir=str(tmp_path / "run")))
+    with pytest.raises(UserError, match="a sweep continues with the same command and --run-dir somewhere"):
+        sweep(hf_cfg(resume="somewhere"))
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clip_scratch.evaluation.retrieval as retrieval
 import clip_scratch.training.report as report
-import clip_scratch.train as train
 from clip_scratch import CFG, encode_image, encode_text, find_matches, load
 from clip_scratch.cli import parse
 from clip_scratch.errors import UserError

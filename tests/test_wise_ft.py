@@ -1,4 +1,4 @@
-"""WiSE-FT: the mixture by hand, the alpha that validation prefers, and that it is made once."""
+"""WiSE-FT: the average by hand, the alpha that validation prefers, and that it is computed once."""
 
 import dataclasses
 import json
@@ -14,13 +14,14 @@ from clip_scratch.data.captions import read_captions, split_of
 from clip_scratch.data.loaders import build_loaders
 from clip_scratch.errors import UserError
 from clip_scratch.evaluate import evaluate
+from clip_scratch.models import saved
 from clip_scratch.train import main
-from clip_scratch.training import checkpoint, wise_ft
-from clip_scratch.training.wise_ft import ZERO_SHOT, interpolate, mix
+from clip_scratch.training import wise_ft
+from clip_scratch.training.run import load_tree
+from clip_scratch.training.wise_ft import ZERO_SHOT, average_with_start, interpolate
 
-CPU = torch.device("cpu")
 # Weights that differ from the zero-shot ones in every way that there is
-TRAINING = {"image_freeze": "lora", "text_freeze": "full", "ema": 0.5, "lora_lr": 0.02, "precision": "fp32"}
+TRAINING = {"image_freeze": "lora", "text_freeze": "none", "ema": 0.5, "lora_lr": 0.02, "precision": "fp32"}
 
 
 def same(a, b):
@@ -28,23 +29,23 @@ def same(a, b):
 
 
 def scripted(patch, rsums):
-    """Have the epochs, 0 first, reach these `rsums`; a mixture is measured as it is."""
+    """Have the epochs reach these `rsums`; an average is measured as it is."""
     real, values = retrieval.recall_at_k, iter(rsums)
     patch.setattr(retrieval, "recall_at_k", lambda *args: real(*args) | {"rsum": next(values)})
 
 
 @pytest.fixture
 def unmixed(hf_cfg, plain, tmp_path):
-    """A run (dual_timm: batch norms, LoRA, EMA) that stopped before its mixture: make(alpha) -> its folder."""
+    """A run (dual_timm: batch norms, LoRA, EMA) that stopped before the average: make(alpha) -> its folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wise_ft, "mix", lambda *_: "")
-        scripted(patch, [100.0, 200.0, 300.0])
+        patch.setattr(wise_ft, "average_with_start", lambda *_: "")
+        scripted(patch, [700.0, 800.0])  # better than any zero-shot model
         run = main(hf_cfg("dual_timm", **TRAINING, wise_ft="auto", run_dir=str(tmp_path / "unmixed")))
 
     def make(alpha):
         folder = shutil.copytree(run, tmp_path / f"alpha-{alpha}")
-        settings = json.loads((folder / "config.json").read_text()) | {"wise_ft": alpha}
-        (folder / "config.json").write_text(json.dumps(settings))
+        for file in (folder / "config.json", folder / "best/config.json"):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"wise_ft": alpha}))
         return folder
 
     return make
@@ -72,28 +73,28 @@ def test_interpolation_by_hand():
 
 def test_the_ends_are_the_two_models(unmixed, hf_cfg):
     zero, one = unmixed("0"), unmixed("1")
-    untouched = checkpoint.load(zero)  # the fine-tuned, still
+    untouched = saved.load(zero)  # the fine-tuned, still
     tuned, start = weights(zero), load_file(zero / ZERO_SHOT)
     assert not same(tuned, start) and same(untouched.state_dict(), tuned)
     from clip_scratch.models.hf_clip import HFCLIPModel
 
     assert same(HFCLIPModel(hf_cfg("dual_timm")).state_dict(), start)
-    said = mix(zero, load(zero), 1, valid_loader(zero), CPU)
-    assert "kept: alpha 0" in said
+    report = average_with_start(zero, load(zero), 1, valid_loader(zero), "0")
+    assert "saved: alpha 0" in report
     floats = {name for name, tensor in start.items() if tensor.is_floating_point()}
     assert all(torch.equal(weights(zero)[name], start[name]) for name in floats)
     first = json.loads((zero / "metrics.jsonl").read_text().splitlines()[0])
     measured = evaluate(zero)
     names = [name for name in first if "recall" in name]  # rsum was scripted
     assert {n: measured[n] for n in names} == pytest.approx({n: first[n] for n in names}, abs=1e-6)
-    mix(one, load(one), 1, valid_loader(one), CPU)
+    average_with_start(one, load(one), 1, valid_loader(one), "1")
     assert same(weights(one), tuned)
 
 
-def test_a_mixture_by_hand_and_its_figures(unmixed):
+def test_an_average_by_hand_and_its_figures(unmixed):
     folder = unmixed("0.3")
     tuned, start = weights(folder), load_file(folder / ZERO_SHOT)
-    mix(folder, load(folder), 1, valid_loader(folder), CPU)
+    average_with_start(folder, load(folder), 1, valid_loader(folder), "0.3")
     for name, tensor in weights(folder).items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, 0.7 * start[name] + 0.3 * tuned[name], atol=1e-6, rtol=1e-5)
@@ -108,11 +109,11 @@ def test_auto_takes_the_best_and_of_equals_the_more_fine_tuned(unmixed, tmp_path
     rsums = {}
     for tenth in range(11):
         model.load_state_dict(interpolate(start, tuned, tenth / 10))
-        rsums[tenth / 10] = wise_ft.valid_epoch(model, loader, model.cfg)["rsum"]
+        rsums[tenth / 10] = wise_ft.valid_epoch(model, loader)["rsum"]
     assert len(set(rsums.values())) > 1
     best = max(alpha for alpha, rsum in rsums.items() if rsum == max(rsums.values()))
-    said = mix(folder, load(folder), 1, loader, CPU)
-    assert f"kept: alpha {best:g}" in said and said.count("  rsum ") == 11
+    report = average_with_start(folder, load(folder), 1, loader, "auto")
+    assert f"saved: alpha {best:g}" in report and report.count("  rsum ") == 11
     record = json.loads((folder / "best/metrics.json").read_text())
     assert (record["wise_ft_alpha"], record["rsum"]) == (best, pytest.approx(max(rsums.values())))
     assert same(weights(folder), interpolate(start, tuned, best))
@@ -127,19 +128,19 @@ def test_twice_changes_nothing(unmixed, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", killed)
+        patch.setattr(saved, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
-            mix(folder, load(folder), 1, loader, CPU)
+            average_with_start(folder, load(folder), 1, loader, "0.5")
     once = weights(folder)
     assert "wise_ft_alpha" not in json.loads((folder / "best/metrics.json").read_text())
-    assert "is the mixture with alpha 0.5 already" in mix(folder, load(folder), 1, loader, CPU)
+    assert "is the average with alpha 0.5 already" in average_with_start(folder, load(folder), 1, loader, "0.5")
     assert same(weights(folder), once)
     assert json.loads((folder / "best/metrics.json").read_text())["wise_ft_alpha"] == 0.5
     assert main(CFG(resume=str(folder))) == folder and same(weights(folder), once)
 
 
-def test_a_run_that_ends_with_its_mixture(hf_cfg, plain, tmp_path, monkeypatch, capsys):
-    scripted(monkeypatch, [100.0, 200.0, 150.0])
+def test_a_run_that_ends_with_its_average(hf_cfg, plain, tmp_path, monkeypatch, capsys):
+    scripted(monkeypatch, [800.0, 700.0])
     run = main(hf_cfg(**TRAINING | {"wise_ft": "auto"}, run_dir=str(tmp_path / "run")))
     assert "WiSE-FT, from zero-shot (0) to epoch 1 (1):" in capsys.readouterr().out
     record = json.loads((run / "best/metrics.json").read_text())
@@ -150,25 +151,25 @@ def test_a_run_that_ends_with_its_mixture(hf_cfg, plain, tmp_path, monkeypatch, 
     assert "already" in capsys.readouterr().out and same(weights(run), before)
 
 
-def test_nothing_to_mix(hf_cfg, plain, tmp_path, capsys):
+def test_nothing_to_average(hf_cfg, plain, tmp_path, capsys):
     run = main(hf_cfg(wise_ft="0.5", epochs=0, run_dir=str(tmp_path / "run")))
-    assert "nothing to mix" in capsys.readouterr().out and same(weights(run), load_file(run / ZERO_SHOT))
+    assert "nothing to average" in capsys.readouterr().out and same(weights(run), load_file(run / ZERO_SHOT))
 
 
-def test_a_run_that_overshot_is_mixed_with_its_last_epoch(hf_cfg, plain, tmp_path, capsys):
-    """No epoch is better than zero-shot, so the last one is what the mixture is made of."""
+def test_a_run_that_overshot_is_averaged_with_its_last_epoch(hf_cfg, plain, tmp_path, capsys):
+    """No epoch is better than zero-shot, so the last one is averaged."""
     run = main(hf_cfg(wise_ft="0.25", epochs=1, head_lr=1.0, image_encoder_lr=1.0, run_dir=str(tmp_path / "run")))
     record = json.loads((run / "best/metrics.json").read_text())
     assert "from zero-shot (0) to epoch 1 (1)" in capsys.readouterr().out
     assert record["epoch"] == 1 and record["wise_ft_alpha"] == 0.25
-    last = torch.load(run / "last/training.pt", weights_only=False)["model"]
+    last = load_tree(run / "last/training.safetensors")["model"]
     start, mixed = load_file(run / ZERO_SHOT), weights(run)
     assert not same(start, mixed)
     for name, tensor in last.items():
         torch.testing.assert_close(mixed[name], torch.lerp(start[name], tensor, 0.25))
 
 
-def test_from_scratch_there_is_nothing_to_mix_with(tiny_cfg, tmp_path):
-    with pytest.raises(UserError, match="wise_ft mixes with zero-shot weights: it needs a pretrained CLIP"):
+def test_from_scratch_there_is_nothing_to_average_with(tiny_cfg, tmp_path):
+    with pytest.raises(UserError, match="wise_ft averages with zero-shot weights: use a pretrained CLIP"):
         main(dataclasses.replace(tiny_cfg, wise_ft="auto", run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

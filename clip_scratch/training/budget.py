@@ -14,7 +14,8 @@ from .engine import train_epoch
 from .optimizer import build_optimizer
 
 _STEPS = 6  # measured, after as many that warm up
-_RESERVE = 0.06  # of the time left: the pace drifts, and checkpoints and pictures take time too
+_RESERVE = 0.05  # of the time left: the pace drifts
+EPOCH_OVERHEAD = 2.0  # seconds for the checkpoints, the metrics and the retrieval picture of an epoch
 
 
 def steps_per_epoch(loader: Loader, cfg: CFG) -> int:

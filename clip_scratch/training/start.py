@@ -19,7 +19,7 @@ from ..models.precision import default_precision
 from ..models.saved import save_best
 from ..retrieval.embed import embed_batches
 from .autotune import MIN_STEPS, choose_precision
-from .budget import measure_pace, planned_steps, steps_per_epoch, steps_within
+from .budget import EPOCH_OVERHEAD, measure_pace, planned_steps, steps_per_epoch, steps_within
 from .cached_features import cache_features
 from .report import Report
 from .run import Run
@@ -111,7 +111,7 @@ def _settle_steps(model: DualEncoder, loader: Loader, validation: float, elapsed
     measuring = time.perf_counter()
     pace = measure_pace(model, loader, cfg)
     left = 60 * cfg.minutes - elapsed - (time.perf_counter() - measuring)
-    steps = steps_within(left, pace, validation, per_epoch, most)
+    steps = steps_within(left, pace, validation + EPOCH_OVERHEAD, per_epoch, most)
     print(
         f"{cfg.minutes:g} minutes: {pace:.2f} s a step and {validation:.1f} s a validation leave room for "
         f"{steps:,} of {most:,} steps ({steps / per_epoch:.1f} of {cfg.epochs} epochs)"
