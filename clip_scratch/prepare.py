@@ -34,18 +34,17 @@ TIMEOUT = 8  # seconds without a byte from the server
 CACHES = ("images-*", "features-*.bin", "precision-*.json", ".*.tmp")  # in the cache folder
 
 
-def scenes(n: int = 10_000, out: str = "data/scenes", seed: int = 42, workers: int | None = None) -> None:
+def scenes(n: int = 10_000, out: str = "data/scenes", seed: int = 42) -> None:
     """Draw the built-in data set of coloured shapes.
 
     Args:
         n: images to draw; each has five captions.
         out: folder to make.
         seed: another seed gives other scenes.
-        workers: processes (default: one per core).
     """
     from .data.scenes.write import write_scenes
 
-    rate = write_scenes(out, n, seed, workers)
+    rate = write_scenes(out, n, seed)
     print(f"{n:,} images and {5 * n:,} captions in {out} ({rate:,.0f} pairs per second)")
     # Left and right matter in the captions
     print(

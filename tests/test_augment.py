@@ -64,7 +64,9 @@ def test_crops_lie_inside_and_have_the_area_and_shape_asked_for(scale, ratio, se
 def test_crops_are_distributed_as_torchvision_s(ratio):
     from torchvision.transforms import RandomResizedCrop
 
-    boxes = changes(CFG(**PLAIN | {"crop_scale": 0.2}), random_numbers(0, 0, 4000), np.full(4000, ratio, np.float32)).boxes
+    boxes = changes(
+        CFG(**PLAIN | {"crop_scale": 0.2}), random_numbers(0, 0, 4000), np.full(4000, ratio, np.float32)
+    ).boxes
     torch.manual_seed(0)
     canvas = torch.empty(1, 1, 1).expand(1, 1000, round(1000 * ratio))  # no memory
     found = [RandomResizedCrop.get_params(canvas, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]

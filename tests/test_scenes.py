@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -265,12 +266,12 @@ def test_five_different_captions_four_of_which_name_every_thing_and_its_colour()
 # --- Files
 
 
-def test_the_files_do_not_depend_on_the_workers(tmp_path):
-    write_scenes(tmp_path / "one", 130, seed=5, workers=1, progress=False)
-    write_scenes(tmp_path / "two", 130, seed=5, workers=2, progress=False)
+def test_the_files_depend_on_the_seed_alone(tmp_path):
+    for name, seed in (("one", 5), ("two", 5), ("three", 6)):
+        write_scenes(tmp_path / name, 40, seed, progress=False)
     one = files(tmp_path / "one")
-    assert one == files(tmp_path / "two")
-    assert len([name for name in one if name.startswith("Images")]) == 130
+    assert one == files(tmp_path / "two") and one != files(tmp_path / "three")
+    assert len([name for name in one if name.startswith("Images")]) == 40
 
 
 def test_an_ordinary_data_set(tmp_path):
@@ -323,7 +324,7 @@ def test_ensure_draws_once_and_redraws_what_is_incomplete(tmp_path, monkeypatch)
 def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "describe_scene", lambda scene, rng: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_scenes(tmp_path / "set", 40, seed=1, workers=1, progress=False)
+        write_scenes(tmp_path / "set", 40, seed=1, progress=False)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
@@ -332,3 +333,21 @@ def test_an_unwritable_place_is_the_users_mistake(tmp_path, monkeypatch):
     (tmp_path / "data").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="cannot write the scenes"):
         ensure_scenes(SimpleNamespace(n_scenes=40, seed=9))
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="cannot write the scenes to .*No space left"):
+        write_scenes(tmp_path / "set", 40, seed=1, progress=False)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_only_the_vocabulary_is_shared():
+    """draw, describe and write import scene.py, which imports none of them."""
+    folder = Path(scenes.__file__).parent
+    for name in ("scene", "draw", "describe"):
+        own = re.findall(r"^ *from \.(\w+) import", (folder / f"{name}.py").read_text(), re.MULTILINE)
+        assert set(own) <= {"scene"} - {name}

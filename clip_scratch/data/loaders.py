@@ -133,15 +133,23 @@ class CaptionedImages(Dataset):
         """The images for training or evaluation in `epoch`: uint8 (B, 3, S, S), channels last."""
         if self.transform is not None:
             return torch.stack([self._transformed(epoch, number) for number in numbers])
-        if self.device.type != "cpu":
-            return self._pixels_on_device(epoch, numbers).permute(0, 3, 1, 2)
+        return self._from_squares(epoch, numbers, self.device.type != "cpu").permute(0, 3, 1, 2)
+
+    def _from_squares(self, epoch: int, numbers: Sequence[int], on_device: bool) -> torch.Tensor:
+        """Squares, augmented in training, by the CPU or on `.device`: uint8 (B, S, S, 3)."""
         squares, ratios = self.images.read(numbers)
         if self.augmented:
-            todo = changes(self.cfg, self._uniform_of(epoch)[numbers], ratios)
-            pixels = augment(squares, todo, self.cfg.size, self.cfg.interpolation == "bicubic")
+            if epoch != self._epoch:
+                self._epoch, self._uniform = epoch, random_numbers(self.seed, epoch, len(self))
+            todo = changes(self.cfg, self._uniform[numbers], ratios)
+            size, bicubic = self.cfg.size, self.cfg.interpolation == "bicubic"
+            if not on_device:
+                return torch.from_numpy(augment(squares, todo, size, bicubic))
+        if self.held is not None:
+            squares = self.held[torch.tensor(numbers, device=self.device)]
         else:
-            pixels = np.stack(squares)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            squares = torch.from_numpy(np.stack(squares)).to(self.device)
+        return augment_on_device(squares, todo, size, bicubic) if self.augmented else squares
 
     def ids(self, numbers: Sequence[int], captions: np.ndarray, counts: np.ndarray) -> Batch:
         """Which of B images and C captions belong together, `counts` (B,) of them to each image."""
@@ -176,11 +184,6 @@ class CaptionedImages(Dataset):
             image = load_image(path)
         return self.transform(image=image)["image"]
 
-    def _uniform_of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._uniform = epoch, random_numbers(self.seed, epoch, len(self))
-        return self._uniform
-
     def _place(self, device: torch.device) -> None:
         """Augment on `device` if it is a CUDA device.
 
@@ -192,18 +195,6 @@ class CaptionedImages(Dataset):
         self.device = device
         if self.images.pixels.nbytes < 0.1 * torch.cuda.mem_get_info(device)[0]:
             self.held = torch.tensor(self.images.pixels, device=device)
-
-    def _pixels_on_device(self, epoch: int, numbers: Sequence[int]) -> torch.Tensor:
-        """uint8 (B, S, S, 3) on the device of the model."""
-        squares, ratios = self.images.read(numbers)
-        if self.held is None:
-            squares = torch.from_numpy(np.stack(squares)).to(self.device)
-        else:
-            squares = self.held[torch.tensor(numbers, device=self.device)]
-        if not self.augmented:
-            return squares
-        todo = changes(self.cfg, self._uniform_of(epoch)[numbers], ratios)
-        return augment_on_device(squares, todo, self.cfg.size, self.cfg.interpolation == "bicubic")
 
 
 class EpochBatches(Sampler):

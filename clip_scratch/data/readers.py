@@ -149,11 +149,12 @@ def _delimiter(header: str, columns: Columns) -> str:
 
 def _csv_rows(text: str, delimiter: str, path: Path) -> list[tuple[int, list[str]]]:
     """(first line, fields) of each record. In a file whose quotes do not pair, which is printed, each line is one."""
-    # A space before an opening quote, as in `a.jpg, "a dog, red"`, would make the quotes part of the caption
-    between = re.escape(delimiter)
-    spaced = re.search(rf'^[^"\n]*{between} +"(?:[^"\n]|"")*"\s*(?:$|{between})', text, re.MULTILINE)
-    dialect = {"delimiter": delimiter, "strict": True, "skipinitialspace": bool(spaced)}
     rows, line, lines = [], 0, list(io.StringIO(text, newline=""))
+    # A space before an opening quote, as in `a.jpg, "a dog, red"`, would make the quotes part of the caption. More
+    # delimiters before it than the first line has are commas of an unquoted caption.
+    d, most = re.escape(delimiter), max(1, lines[0].count(delimiter))
+    spaced = re.search(rf'^(?:[^"\n{d}]*{d}){{1,{most}}} +"(?:[^"\n]|"")*"\s*(?:$|{d})', text, re.MULTILINE)
+    dialect = {"delimiter": delimiter, "strict": True, "skipinitialspace": bool(spaced)}
     reader = csv.reader(lines, **dialect)
     try:
         for fields in reader:

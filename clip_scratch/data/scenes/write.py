@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
-import itertools
-import multiprocessing
 import os
 import random
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +18,16 @@ from ...errors import UserError
 from ...files import new_folder, sole_writer
 from .describe import describe_scene
 from .draw import draw_scene
-from .scene import Scene, sample_scenes
+from .scene import sample_scenes
 
 SPLIT_LISTS = {"train": "trainImages.txt", "valid": "devImages.txt", "test": "testImages.txt"}
 
 
-def write_scenes(folder: str | Path, n: int, seed: int, workers: int | None = None, progress: bool = True) -> float:
+def write_scenes(folder: str | Path, n: int, seed: int, progress: bool = True) -> float:
     """Write `n` scenes as an ordinary data set into `folder`; returns the image-caption pairs per second.
 
     The folder then holds Images/000000.png ..., captions.txt (image,caption; five rows per image) and the split lists
-    trainImages.txt, devImages.txt and testImages.txt. It depends on `n` and `seed` alone, not on `workers` (default:
-    one process per core). The folder appears whole or not at all.
+    trainImages.txt, devImages.txt and testImages.txt. The folder appears whole or not at all.
 
     Raises UserError if the folder exists, if n < 30, or where it cannot be written.
     """
@@ -41,7 +35,7 @@ def write_scenes(folder: str | Path, n: int, seed: int, workers: int | None = No
     with _writer(folder):
         if folder.exists():
             raise UserError(f"{folder} exists already: remove it, or choose another folder")
-        return _write(folder, n, seed, workers, progress)
+        return _write(folder, n, seed, progress)
 
 
 def ensure_scenes(cfg: CFG) -> tuple[Path, Path]:
@@ -77,7 +71,7 @@ def _is_complete(folder: Path, n: int) -> bool:
     return len(listed) == n and listed <= images and (folder / "captions.txt").is_file()
 
 
-def _write(folder: Path, n: int, seed: int, workers: int | None = None, progress: bool = True) -> float:
+def _write(folder: Path, n: int, seed: int, progress: bool = True) -> float:
     from tqdm import tqdm
 
     if n < 30:
@@ -86,49 +80,19 @@ def _write(folder: Path, n: int, seed: int, workers: int | None = None, progress
     names: dict[str, list[str]] = {split: [] for split in SPLIT_LISTS}
     with new_folder(folder) as unfinished:
         (unfinished / "Images").mkdir()
-        with (
-            open(unfinished / "captions.txt", "w", newline="", encoding="utf-8") as file,
-            tqdm(total=n, desc=f"drawing {folder}", unit="img", disable=not progress) as bar,
-        ):
+        with open(unfinished / "captions.txt", "w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file, lineterminator="\n")
             rows.writerow(("image", "caption"))
-            for split, name, captions in _drawn(unfinished / "Images", n, seed, workers):
-                names[split].append(name)
+            scenes = tqdm(sample_scenes(n, seed), f"drawing {folder}", n, unit="img", disable=not progress)
+            for i, (split, scene) in enumerate(scenes):
+                name = f"{i:06d}.png"
+                _, png = cv2.imencode(".png", draw_scene(scene)[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 4])
+                (unfinished / "Images" / name).write_bytes(png)
+                captions = describe_scene(scene, random.Random(f"captions {seed} {i}"))
                 rows.writerows((name, caption) for caption in captions)
-                bar.update()
+                names[split].append(name)
             file.flush()
             os.fsync(file.fileno())
         for split, list_name in SPLIT_LISTS.items():
             (unfinished / list_name).write_text("".join(f"{name}\n" for name in names[split]), "utf-8")
     return 5 * n / (time.perf_counter() - start)
-
-
-def _drawn(folder: Path, n: int, seed: int, workers: int | None) -> Iterator[tuple[str, str, list[str]]]:
-    """(split, image name, captions) of every scene, in order, its image written into `folder`."""
-    if workers is None:  # a small set is drawn sooner than processes start
-        workers = len(os.sched_getaffinity(0)) if n >= 500 and sys.platform == "linux" else 1
-    numbered = enumerate(sample_scenes(n, seed))
-    chunks = iter(lambda: list(itertools.islice(numbered, 64)), [])
-    draw_chunk = functools.partial(_draw_chunk, folder, seed)
-    if workers == 1 or sys.platform != "linux":  # without fork each worker would run an unguarded script again
-        yield from itertools.chain.from_iterable(map(draw_chunk, chunks))
-        return
-    with multiprocessing.get_context("fork").Pool(workers, initializer=_start_worker) as pool:
-        yield from itertools.chain.from_iterable(pool.imap(draw_chunk, chunks))
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-
-
-def _draw_chunk(
-    folder: Path, seed: int, chunk: list[tuple[int, tuple[str, Scene]]]
-) -> list[tuple[str, str, list[str]]]:
-    done = []
-    for i, (split, scene) in chunk:
-        name = f"{i:06d}.png"
-        _, png = cv2.imencode(".png", draw_scene(scene)[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 4])
-        (folder / name).write_bytes(png)
-        done.append((split, name, describe_scene(scene, random.Random(f"captions {seed} {i}"))))
-    return done
