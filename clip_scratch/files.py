@@ -138,9 +138,9 @@ def cache_folder(cfg: CFG) -> Path:
 
     Raises OSError where the user has no home folder.
     """
-    if cfg.cache_path:
-        return Path(cfg.cache_path).expanduser()
     try:
+        if cfg.cache_path:
+            return Path(cfg.cache_path).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip_scratch")
     except RuntimeError as error:
         raise OSError("there is no home folder") from error

@@ -12,7 +12,9 @@ from PIL import Image
 
 from clip_scratch.config import CFG
 from clip_scratch.data.captions import check_images, image_folder, make_train_valid_dfs, read_captions, split_of
+from clip_scratch.data.huggingface import _ImageFiles
 from clip_scratch.data.readers import Columns, read_file
+from clip_scratch.data.source import open_data
 from clip_scratch.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -106,6 +108,44 @@ def test_columns_can_be_set(tmp_path):
     )
     table = read_captions(cfg)
     assert table[["image", "caption", "label", "split"]].values.tolist() == [["1.jpg", "yes", "shoe", "train"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.jpg,0,a dog runs\nb.jpg,1,a cat, asleep\n", [("a.jpg", "a dog runs"), ("b.jpg", "a cat, asleep")]),
+        ("a.jpg,3 dogs run\nb.jpg,2,3 cats\n", [("a.jpg", "3 dogs run"), ("b.jpg", "2,3 cats")]),
+        ('a.jpg, "a dog, red"\nb.jpg, a cat\n', [("a.jpg", "a dog, red"), ("b.jpg", "a cat")]),
+        ('image, caption\na.jpg, "a ""red"" dog"\nb.jpg, "a cat"\n', [("a.jpg", 'a "red" dog'), ("b.jpg", "a cat")]),
+        ('image,caption\na.jpg,a dog, "red"\n', [("a.jpg", 'a dog, "red"')]),
+    ],
+)
+def test_csv_as_people_write_it(tmp_path, text, expected):
+    assert pairs(write(tmp_path / "x.csv", text)) == expected
+
+
+@pytest.mark.parametrize("end", ["b.jpg,a cat\n", 'b.jpg,a cat"\nc.jpg,a cow\n', 'b.jpg,"a cat"\n'])
+def test_an_unclosed_quote_swallows_no_row(tmp_path, capsys, end):
+    path = write(tmp_path / "x.csv", 'image,caption\na.jpg,"a dog\n' + end)
+    assert [image for image, _ in pairs(path)] == ["a.jpg", "b.jpg", "c.jpg"][: 1 + end.count("\n")]
+    assert "x.csv, row 2: double quotes do not pair" in capsys.readouterr().err
+
+
+def test_nan_and_null_are_no_captions(tmp_path, capsys):
+    rows = [
+        '{"image": "a.jpg", "caption": NaN}',
+        '{"image": NaN, "caption": "x"}',
+        '{"image": "b.jpg", "caption": null}',
+    ]
+    rows += ['{"image": "c.jpg", "caption": ["y", null, NaN, ""]}']
+    table = read_captions(CFG(captions_path=write(tmp_path / "x.jsonl", "\n".join(rows)), valid_fraction=0))
+    assert table[["image", "caption"]].values.tolist() == [["c.jpg", "y"]]
+    assert "Left out 3 rows with no image or no caption (the first: x.jsonl, row 1)" in capsys.readouterr().err
+
+
+def test_text_that_cannot_be_encoded(tmp_path):
+    path = write(tmp_path / "x.json", '[{"image": "a.jpg", "caption": "half an emoji \\ud83d"}]')
+    assert pairs(path) == [("a.jpg", "half an emoji ?")]
 
 
 def test_utf16_as_excel_saves_it(tmp_path):
@@ -308,6 +348,44 @@ def test_images_are_found_beside_the_captions(tmp_path, place):
     assert image_folder(CFG(captions_path=caption_file(tmp_path, 2))) == tmp_path / place
 
 
+@pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        ([".thumbs", "Images", "a-small"], "Images"),
+        ([".thumbs", "photos"], "photos"),
+        ([".thumbs"], "."),
+        (["a", "images", "flickr30k_images"], "images"),
+    ],
+)
+def test_hidden_folders_are_skipped_and_usual_names_preferred(tmp_path, capsys, folders, found):
+    for folder in folders:
+        draw_images(tmp_path / folder, ["0.png", "1.png"])
+    cfg = CFG(captions_path=caption_file(tmp_path, 2))
+    for _ in range(2):  # it is printed once
+        assert image_folder(cfg, read_captions(cfg)) == tmp_path / found
+    assert capsys.readouterr().err == f"images: {tmp_path / found} (--image-path sets another folder)\n"
+
+
+def test_open_data_looks_once(tmp_path, monkeypatch, capsys):
+    draw_images(tmp_path / "photos", [f"{i}.png" for i in range(10)])
+    source = open_data(CFG(captions_path=caption_file(tmp_path)))
+    assert source.image_folder == image_folder(source.cfg) == tmp_path / "photos"
+    assert len(source.split("train")) == 18 and source.name == source.cfg.captions_path
+    monkeypatch.setattr("clip_scratch.data.captions.locate", None)
+    assert image_folder(source.cfg, source.table) == tmp_path / "photos"
+    with pytest.raises(UserError, match="no image folder"):
+        open_data(CFG(captions_path=tmp_path / "captions.csv", image_path=tmp_path / "phtos"))
+
+
+def test_the_built_in_scenes_have_their_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = open_data(CFG(n_scenes=30, image_path=tmp_path / "elsewhere"))
+    assert source.cfg.image_path == str(Path("data/scenes-30-42/Images")) and source.name == "the built-in data set"
+    # Once drawn, nobody needs the lock
+    monkeypatch.setattr("clip_scratch.data.scenes.write.sole_writer", None)
+    assert open_data(CFG(n_scenes=30)).table.equals(source.table)
+
+
 def test_bad_images_are_all_named_or_left_out(tmp_path, capsys):
     draw_images(tmp_path, [f"{i}.png" for i in range(20)])
     table = read_captions(CFG(captions_path=caption_file(tmp_path, 20)))
@@ -327,10 +405,21 @@ def test_bad_images_are_all_named_or_left_out(tmp_path, capsys):
         check_images(table, tmp_path, "error", progress=False)
 
 
+def test_an_image_name_that_is_too_long_is_a_missing_image(tmp_path):
+    draw_images(tmp_path / "Images", [f"{i}.png" for i in range(10)])
+    name = "x" * 300 + ".png"
+    with caption_file(tmp_path).open("a") as file:
+        file.write(f"\n{name},three")
+    with pytest.raises(UserError, match=rf"1 of 11 images .*\n  {name} \(captions.csv, row 22\): no such file"):
+        open_data(CFG(captions_path=tmp_path / "captions.csv"))
+
+
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
 def test_no_image_at_all_is_the_wrong_folder(tmp_path, on_bad_image):
     table = read_captions(CFG(captions_path=caption_file(tmp_path)))
-    with pytest.raises(UserError, match=r"^none of the 10 images .* searched .* for 0.png .*--image-path") as caught:
+    with pytest.raises(
+        UserError, match=r"^none of the 10 images .* is in .* for example 0.png .*--image-path"
+    ) as caught:
         check_images(table, tmp_path, on_bad_image, progress=False)
     assert "\n" not in str(caught.value)
 
@@ -350,9 +439,13 @@ def test_no_image_at_all_is_the_wrong_folder(tmp_path, on_bad_image):
         (b"caption,image\nA dog , brown,a.jpg\n", "row 2: 3 columns where the header has 2"),
         (b'[{"image": "a.jpg",\n "caption": }]', "line 2: not valid JSON"),
         (b'{"image": "a.jpg", "caption": "x"}\n{"image": \n', "line 2: not valid JSON"),
-        (b'["a.jpg"]', "row 1: not a record"),
+        (b"[" * 100_000, "line 1: cannot be read as JSON"),
+        (b'[{"image": "a.jpg", "caption": ' + b"1" * 5000 + b"}]", "line 1: cannot be read as JSON"),
+        (b'{"images": [7, {"sentences": []}]}', "no column that is known as the image"),
+        (b'{"images": [{"filepath": 7, "sentences": [{"raw": "x"}], "split": "val"}, 7]}', "row 2: expected a record"),
+        (b'["a.jpg"]', "row 1: expected a record"),
         (b"image,caption\na.jpg,\n", "and all other rows have no image or no caption"),
-        (b"image,caption,split\na.jpg,x,treino\n", "row 2: the split 'treino' is none of train"),
+        (b"image,caption,split\na.jpg,x,treino\n", "row 2: unknown split 'treino'. A split is one of train"),
         (b"image,caption,split\na.jpg,x,train\na.jpg,y,val\n", "both in train (x, row 2) and in valid (x, row 3)"),
         (b"image,caption\na.jpg,x\n", "1 images are too few"),
     ],
@@ -374,10 +467,14 @@ def test_missing_files_suggest_others(tmp_path):
     caption_file(tmp_path)
     refused("Did you mean captions.csv?", captions_path=tmp_path / "caption.csv")
     refused("cannot read", captions_path=tmp_path / ("x" * 300))
+    refused("cannot read", captions_path=tmp_path / "captions.csv", valid_captions_path=tmp_path / ("x" * 300))
+    refused("no captions file ~nobody-has-this-name/x.csv", captions_path="~nobody-has-this-name/x.csv")
     refused("There is no folder", captions_path=tmp_path / "no/captions.csv")
-    refused("holds no captions file", captions_path=(tmp_path / "empty").mkdir() or tmp_path / "empty")
+    refused("has no captions file", captions_path=(tmp_path / "empty").mkdir() or tmp_path / "empty")
     with pytest.raises(UserError, match="no image folder .* Set --image-path"):
         image_folder(CFG(captions_path=tmp_path / "captions.csv", image_path=tmp_path / "Imagse"))
+    with pytest.raises(UserError, match="no image folder .* Set --image-path"):
+        image_folder(CFG(captions_path=tmp_path / "captions.csv", image_path=tmp_path / ("x" * 300)))
 
 
 def test_a_folder_with_several_captions_files_asks_which(tmp_path):
@@ -390,7 +487,7 @@ def test_a_folder_with_several_captions_files_asks_which(tmp_path):
         folder = tmp_path / "-".join(names)
         for name in names:
             write(folder / name, "[]")
-        refused(f"holds several captions files ({', '.join(names)})", captions_path=folder)
+        refused(f"has several captions files ({', '.join(names)})", captions_path=folder)
 
 
 def test_a_split_without_images_says_which_there_are(tmp_path):
@@ -454,11 +551,31 @@ def test_parquet_folder_and_set_columns(tmp_path, hub_records):
     cfg = CFG(captions_path="pq", image_path="out", image_column="pixels", caption_column="text")
     assert len(read_captions(cfg)) == 6
     assert image_folder(cfg) == Path("out")
-    refused("holds other files", captions_path="pq", image_path="source")
+    refused("has other files in it", captions_path="pq", image_path="source")
     refused("no column 'txt'. Did you mean text?", captions_path="pq", image_path="out", caption_column="txt")
     hub_records["train"].to_parquet(tmp_path / "pq/data/train-00000-of-00001.parquet")
     (tmp_path / "pq/data/validation-00000-of-00001.parquet").unlink()
     assert read_captions(CFG(captions_path="pq", image_path="out"))["image"].nunique() == 2
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2  # of the earlier export nothing is left
+    write(tmp_path / "out/mine.txt", "a file of the user's")
+    refused("out has other files in it", captions_path="pq", image_path="out", caption_column="text")
+    assert (tmp_path / "out/mine.txt").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, hub_records, monkeypatch):
+    hub_records.save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr("clip_scratch.data.huggingface._ImageFiles.add", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read_captions(CFG(captions_path="saved"))
+    assert not [path for path in (tmp_path / "data").iterdir() if path.is_dir()]
+
+
+def test_exported_names_differ_in_more_than_case(tmp_path):
+    files = _ImageFiles(tmp_path)
+    names = [
+        files.add({"path": name, "bytes": name.encode()}, f"train-{i}") for i, name in enumerate(["a.jpg", "A.JPG"])
+    ]
+    assert names == ["a.jpg", "train-1.image"]
 
 
 def test_image_folder_with_metadata(tmp_path, hub_records):
@@ -470,10 +587,11 @@ def test_image_folder_with_metadata(tmp_path, hub_records):
 
 def test_hub_without_a_network_fails_at_once(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    refused("hub cannot be reached and someone/nothing is not in its local cache", captions_path="someone/nothing")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    refused("data set someone/nothing: http://127.0.0.1:9 cannot be reached and", captions_path="someone/nothing")
     assert not (tmp_path / "data").exists()
 
 

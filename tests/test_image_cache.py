@@ -1,10 +1,12 @@
 """The cache of decoded images: the bytes of the files, whoever builds it and however often that is interrupted."""
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,22 +65,22 @@ def test_the_cache_holds_the_bytes_of_the_files(folder, cfg, interpolation, resi
 def test_a_finished_cache_is_opened_and_not_built(folder, cfg, monkeypatch):
     first = open_images(NAMES, folder, cfg, True)
     decoded = counted(monkeypatch)
-    shutil.rmtree(image_cache.cache_folder(cfg) / caches(cfg).pop() / "lock", ignore_errors=True)
     assert equal(open_images(NAMES, folder, cfg, True), first) and not decoded
 
 
-def test_the_margin_is_a_setting_and_else_follows_the_images(folder, cfg):
-    side = {margin: ImageFiles(NAMES, folder, dataclasses.replace(cfg, crop_margin=margin), True).side
-            for margin in (0, 40, 8)}  # fmt: skip
-    assert side == {0: 37, 40: 40, 8: 32}
-    assert ImageFiles(NAMES, folder, dataclasses.replace(cfg, size=44), True).side == 48  # half are 48 x 48 or more
-    assert ImageFiles(NAMES, folder, dataclasses.replace(cfg, size=90), True).side == 90
-    assert ImageFiles(NAMES, folder, dataclasses.replace(cfg, crop_scale=1), True).side == 32
+def test_the_side_follows_the_images(folder, cfg):
+    def side(**settings):
+        return ImageFiles(NAMES, folder, dataclasses.replace(cfg, **settings), True).side
+
+    assert side() == 37  # 32 * 8 / 7
+    assert side(size=44) == 48  # half are 48 x 48 or larger
+    assert side(size=90) == 90
+    assert side(crop_scale=1) == 32
 
 
 def test_another_file_or_setting_is_another_cache(folder, cfg):
     open_images(NAMES, folder, cfg, False)
-    for other in ({"interpolation": "bilinear"}, {"size": 24}, {"resize": "crop"}, {"crop_from": 40}):
+    for other in ({"interpolation": "bilinear"}, {"size": 24}, {"resize": "crop"}, {"resize": "crop:40"}):
         before = len(caches(cfg))
         open_images(NAMES, folder, dataclasses.replace(cfg, **other), False)
         assert len(caches(cfg)) == before + 1, other
@@ -142,18 +144,61 @@ def test_processes_build_and_read_one_cache(folder, cfg):
     assert len(caches(cfg)) == 1
 
 
-def test_a_full_disk_is_said_and_images_are_decoded(folder, cfg, monkeypatch, capsys):
+def test_without_room_images_are_decoded(folder, cfg, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     images = open_images(NAMES, folder, cfg, True)
     assert isinstance(images, ImageFiles)
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "GB are free" in line and "--cache-path" in line
+    assert line.count("\n") == 1 and "GB free" in line and "--cache-path" in line
 
 
-def test_a_folder_that_cannot_be_written_is_said(folder, cfg, capsys):
+def test_a_partial_cache_gives_its_space_back_when_the_disk_is_full(folder, cfg, monkeypatch, capsys):
+    monkeypatch.setattr(image_cache, "_CHUNK", 4)
+    write_row, written = image_cache._write_row, []
+
+    def until_full(file, row, value):
+        written.append(row)
+        if len(written) > 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_row(file, row, value)
+
+    monkeypatch.setattr(image_cache, "_write_row", until_full)
+    images = open_images(NAMES, folder, cfg, True)
+    assert isinstance(images, ImageFiles) and len(images.read([3])[0]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "No space left on device" in line and "decoded in every step" in line
+    assert not caches(cfg)
+
+
+def test_a_partial_cache_that_cannot_be_completed_is_removed(folder, cfg, monkeypatch):
+    open_images(NAMES, folder, cfg, True)
+    (cache,) = image_cache.cache_folder(cfg).glob("images-*")
+    (cache / "done").write_bytes(bytes(26))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert isinstance(open_images(NAMES, folder, cfg, True), ImageFiles) and not caches(cfg)
+
+
+def test_a_cache_folder_that_cannot_be_written(folder, cfg, capsys):
     (folder.parent / "cache").write_text("a file where the folder would be")
+    assert not decoded_before(folder, cfg)
     assert isinstance(open_images(NAMES, folder, cfg, True), ImageFiles)
-    assert capsys.readouterr().err.startswith("no image cache in ")
+    assert capsys.readouterr().err.startswith("no image cache (")
+
+
+@pytest.mark.parametrize("home", ["unset", "unreadable"])
+def test_without_a_home_folder_there_is_no_cache(folder, cfg, monkeypatch, capsys, home):
+    cfg = dataclasses.replace(cfg, cache_path="")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def refused(*_):
+        raise RuntimeError if home == "unset" else PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, *(("home", refused) if home == "unset" else ("glob", refused)))
+    if home == "unreadable":
+        monkeypatch.setenv("HOME", str(folder / "00.png"))  # what is below a file cannot be made, not even by root
+    assert decoded_before(folder, cfg) == set()
+    assert isinstance(open_images(NAMES, folder, cfg, True), ImageFiles)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_no_cache_is_a_setting(folder, cfg):

@@ -2,15 +2,17 @@
 
 import io
 import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, features
 
 from clip_scratch.config import CFG
-from clip_scratch.data.images import image_transform, load_image
+from clip_scratch.data.images import image_transform, images_below, load_image, reading
+from clip_scratch.errors import UserError
 
 RNG = np.random.default_rng(0)
 RGB = np.kron(RNG.integers(0, 256, (4, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # (32, 48, 3), flat blocks
@@ -73,6 +75,89 @@ def test_16_bit_greyscale_keeps_its_tones(tmp_path, suffix):
     path = saved(Image.fromarray(grey * 257), tmp_path / f"a.{suffix}")
     np.testing.assert_array_equal(load_image(path)[..., 1], grey)
     np.testing.assert_array_equal(load_image(grey * 257)[..., 1], grey)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("white", [255, 4095, 65535])
+def test_greyscale_in_16_bits_is_scaled_by_its_largest_value(tmp_path, suffix, white):
+    """12-bit data, and 8-bit data, are often stored in 16 bits."""
+    values = np.array([[0, white // 5, white]], np.uint16)  # 255, 4095 and 65535 are multiples of 5
+    path = saved(Image.fromarray(values), tmp_path / f"a.{suffix}")
+    assert load_image(path)[0].tolist() == [[0] * 3, [51] * 3, [255] * 3]
+    nearly = (values * 0.5).astype(np.uint16)  # also where nothing is white
+    if white > 255:
+        assert load_image(nearly)[0, :, 0].tolist() == [0, 25, 127]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),  # mode I
+        (np.array([[-5, 4095, 0]], np.int32), [0, 255, 0]),
+        (np.array([[0, 600_000, 1_000_000]], np.int32), [0, 153, 255]),
+        (np.array([[0, 0.2, 1]], np.float32), [0, 51, 255]),
+        (np.array([[0, 51, 255]], np.float32), [0, 51, 255]),
+        (np.array([[np.nan, np.inf, 0.4]], np.float32), [0, 0, 102]),
+        (np.zeros((1, 3), np.float32), [0, 0, 0]),
+        (np.zeros((1, 3), np.int32), [0, 0, 0]),
+        (np.ones((1, 3), np.int32), [1, 1, 1]),
+    ],
+)
+def test_integers_and_floats_are_scaled_by_their_largest_value(tmp_path, values, expected):
+    found = load_image(saved(Image.fromarray(values), tmp_path / "a.tiff"))
+    assert found.dtype == np.uint8 and found.shape == (1, 3, 3)
+    assert found[0].T.tolist() == [expected] * 3
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this pillow has no AVIF")
+def test_avif(tmp_path):
+    found = load_image(saved(Image.fromarray(RGB), tmp_path / "a.avif", quality=95))
+    assert found.shape == RGB.shape and np.abs(found.astype(int) - RGB).mean() < 8
+
+
+@pytest.fixture
+def heic(tmp_path):
+    """(path, pixels) of a HEIC file as a phone writes it, with the suffix that mail programs give it."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.fromarray(RGB)).save(tmp_path / "a.jpg", quality=95)
+    assert (tmp_path / "a.jpg").read_bytes()[4:8] == b"ftyp"
+    return tmp_path / "a.jpg"
+
+
+def forget_heif():
+    for table in (Image.OPEN, Image.MIME):
+        for name in ("HEIF", "HEIC"):
+            table.pop(name, None)
+    Image.ID[:] = [name for name in Image.ID if name != "HEIF"]
+
+
+def test_heic(heic):
+    forget_heif()
+    found = load_image(heic)
+    assert found.shape == RGB.shape and np.abs(found.astype(int) - RGB).mean() < 6
+
+
+def test_heic_without_its_library_names_the_extra(heic, monkeypatch):
+    forget_heif()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UserError, match=r"a.jpg: cannot be decoded \(HEIC .* pip install 'clip_scratch\[heif\]'\)"), \
+            reading(heic):  # fmt: skip
+        load_image(heic)
+
+
+def test_images_below(tmp_path):
+    wanted = ["b.JPG", "sub/a.png", "sub/deep er/c.heic", "z.avif"]
+    for name in [*wanted, "._b.JPG", ".thumbs/a.png", "sub/.hidden.png", "notes.txt", "sub/noending"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "sub/.cache.jpg").mkdir()
+    assert images_below(tmp_path) == wanted
+    with pytest.raises(UserError, match="there are no images below"):
+        images_below(tmp_path / "folder.png")
+    for name in ("nothing", "b.JPG", "x" * 300):
+        with pytest.raises(UserError, match="there is no folder"):
+            images_below(tmp_path / name)
 
 
 def test_cmyk_jpeg(tmp_path):

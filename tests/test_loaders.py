@@ -1,6 +1,7 @@
 """Image-centred batches: what belongs together stays together, and any batch can be had again."""
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -100,16 +101,27 @@ def test_pixels_and_captions_do_not_depend_on_the_rest_of_the_batch(make):
     assert whole.is_contiguous(memory_format=torch.channels_last)
     for numbers in ([5], [20, 3, 7]):
         assert torch.equal(data.pixels(3, numbers), whole[numbers])
-        assert data.captions(3, numbers)["names"] == [f"{n:02d}.png" for n in numbers]
-    assert "pixel_values" not in data.captions(3, [1])
+        assert data[[(3, number) for number in numbers]]["names"] == [f"{n:02d}.png" for n in numbers]
+        assert np.array_equal(
+            data.captions_of(3, numbers)[0], np.concatenate([data.captions_of(3, [n])[0] for n in numbers])
+        )
     assert not torch.equal(data.pixels(4, range(26)), whole)
 
 
-def test_frozen_views_leave_pixels_alone(make):
-    """What is kept of them is training.frozen_cache's; a tower that is not kept sees new pixels in every epoch."""
-    data = make(cached_views=3).dataset
-    assert torch.equal(data.pixels(4, range(26)), make().dataset.pixels(4, range(26)))
-    assert not torch.equal(data.pixels(1, range(26)), data.pixels(4, range(26)))
+def test_cached_features_take_the_place_of_pixels_and_tokens(make):
+    data = make(captions_per_image=0).dataset
+    data.image_features = torch.arange(2 * 26.0).reshape(2, 26, 1)  # two views
+    data.text_features = torch.arange(len(data.tokens))[:, None]
+    batch = data[[(3, 5), (3, 1)]]
+    assert batch["image_features"].tolist() == [[26 + 5], [26 + 1]]  # epoch 3 has view 1
+    assert batch["text_features"].ravel().tolist() == data.captions_of(3, [5, 1])[0].tolist()
+    assert not {"pixel_values", "input_ids", "attention_mask"} & set(batch)
+
+
+def test_a_set_image_path_is_taken_at_once(make, monkeypatch):
+    """So that a run looks for its images once, in open_data."""
+    monkeypatch.setattr("clip_scratch.data.captions.locate", None)
+    assert len(make("valid")) == 4
 
 
 def test_the_images_of_an_epoch_bring_captions_of_each_kind(make, tiny_data):
@@ -143,10 +155,17 @@ def test_any_albumentations_pipeline_may_take_its_place(tiny_data, tiny_tokenize
 def test_another_device_gets_the_same_pixels_within_rounding(make):
     data, on_device = make(hue_jitter=0.1).dataset, make(hue_jitter=0.1).dataset
     expected = data.pixels(1, range(26)).float()
-    found = on_device._pixels_on_device(1, list(range(26))).permute(0, 3, 1, 2).float()
+    found = on_device._from_squares(1, list(range(26)), True).permute(0, 3, 1, 2).float()
     assert (found - expected).abs().mean() < 1
     valid = make("valid").dataset
-    assert torch.equal(valid._pixels_on_device(0, [3, 1]).permute(0, 3, 1, 2), valid.pixels(0, [3, 1]))
+    assert torch.equal(valid._from_squares(0, [3, 1], True).permute(0, 3, 1, 2), valid.pixels(0, [3, 1]))
+
+
+def test_worker_processes_get_a_copy_of_the_data(make):
+    """Windows and macOS start workers anew and send them the data."""
+    data = make(image_cache=False).dataset
+    copy = pickle.loads(pickle.dumps(data))
+    assert same(copy[[(1, 4), (1, 2)]], data[[(1, 4), (1, 2)]])
 
 
 def test_where_there_is_no_cuda_the_cpu_makes_the_pixels(tiny_data, tiny_tokenizer, tiny_cfg):

@@ -1,7 +1,9 @@
 """The prepare verb, against a local server: resume, damage, archives that reach outside, and one clear line."""
 
+import dataclasses
 import http.server
 import io
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pandas as pd
 import pytest
 
 from clip_scratch import prepare
+from clip_scratch.data.image_cache import open_images
 from clip_scratch.errors import UserError
 
 ROOT = str(Path(prepare.__file__).parents[1])
@@ -117,7 +120,7 @@ def test_a_server_that_sends_nothing_more_is_said_and_the_part_stays(server, tmp
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "http://no-such-host.invalid/x", "nonsense"])
 def test_no_network_is_one_clear_line_and_soon(tmp_path, url):
     start = time.monotonic()
-    with pytest.raises(UserError, match="cannot be reached.*place it by hand as"):
+    with pytest.raises(UserError, match="cannot be reached.*put it at .* yourself"):
         prepare.flickr8k(out=str(tmp_path), url=url)
     assert time.monotonic() - start < 12
 
@@ -135,7 +138,7 @@ def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, caps
     assert "python -m clip_scratch.train flickr8k" in said
     assert sorted(path.name for path in (tmp_path / "Images").iterdir()) == NAMES
     assert (tmp_path / "Images" / NAMES[2]).read_bytes() == jpg(2)
-    assert not [path for path in tmp_path.iterdir() if "part" in path.name]
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".part", ".tmp")]
 
     asked = len(server.requests)
     prepare.flickr8k(out=str(tmp_path), url=server.url)
@@ -159,7 +162,7 @@ def test_an_image_that_a_split_lists_and_no_archive_holds(server, flickr, tmp_pa
 def test_an_archive_that_reaches_outside_is_refused(tmp_path, name):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.zip").write_bytes(archive({"fine.jpg": jpg(1), name: b"evil"}))
-    with pytest.raises(UserError, match="not to be trusted"):
+    with pytest.raises(UserError, match="is unsafe"):
         prepare.unzip(tmp_path / "in" / "a.zip", tmp_path / "in" / "out", ".jpg")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a.zip"]
     assert not (tmp_path / "in" / "out").exists()
@@ -192,9 +195,9 @@ def test_the_summary_counts():
     assert lines[2].split() == ["valid", "1", "1", "1", "/", "1", "/", "1"]
     assert lines[3].split()[:3] == ["all", "3", "4"]
     assert lines[4:] == [
-        "words a caption, median: 2.5",
-        "captions that another image has word for word: 2",
-        "the first row: a.jpg: a dog",
+        "median words per caption: 2.5",
+        "captions that another image has too: 2",
+        "first row: a.jpg: a dog",
     ]
 
 
@@ -212,6 +215,74 @@ def test_check_stops_at_an_image_that_cannot_be_decoded(tmp_path):
     (tmp_path / "scenes" / "Images" / "000007.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"000007\.png"):
         prepare.check(str(tmp_path / "scenes" / "captions.txt"))
+
+
+# ---- caches
+
+
+def seconds_ago(path, days):
+    os.utime(path, (time.time() - 86400 * days,) * 2)
+
+
+@pytest.fixture
+def caches(tmp_path, tiny_data, tiny_cfg):
+    """A cache folder with one cache of each kind; the complete one was used today, the others 20 to 60 days ago."""
+    folder = tmp_path / "caches"
+    cfg = dataclasses.replace(tiny_cfg, cache_path=str(folder))
+    names = [f"{i:02d}.png" for i in range(26)]
+    open_images(names[:10], tiny_data.image_path, cfg, False)
+    (partial,) = folder.glob("images-*")
+    (partial / "done").write_bytes(b"\1" * 4 + b"\0" * 6)
+    open_images(names, tiny_data.image_path, cfg, False)
+    for name, size, days in (("features-abc.bin", 3_000_000, 20), ("precision-abc.json", 2, 60)):
+        (folder / name).write_bytes(b"x" * size)
+        seconds_ago(folder / name, days)
+    (folder / ".features-def.bin.123.tmp").write_bytes(b"x" * 5_000_000)
+    for file in (folder / ".features-def.bin.123.tmp", *partial.iterdir()):
+        seconds_ago(file, 30)
+    return folder, partial.name
+
+
+def test_caches_are_listed_with_size_and_age(caches, tiny_data, capsys):
+    folder, partial = caches
+    prepare.main(["cache", "--cache-path", str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines[1:-1]}
+    assert len(rows) == 5 and lines[-1] == f"total: 8 MB in {folder}"
+    assert re.search(r" 3 MB +20 days +20 days  features of a frozen tower$", rows["features-abc.bin"])
+    assert re.search(r" 0 MB +60 days +60 days  measured precision$", rows["precision-abc.json"])
+    assert re.search(r" 5 MB +30 days +30 days  unfinished file$", rows[".features-def.bin.123.tmp"])
+    assert rows[partial].endswith(f"30 days  unfinished, 4 of 10 images of {tiny_data.image_path}")
+    (complete,) = rows.keys() - {partial, "features-abc.bin", "precision-abc.json", ".features-def.bin.123.tmp"}
+    assert re.search(rf" 0 days +0 days  26 images of {tiny_data.image_path}$", rows[complete])
+
+
+def test_caches_are_removed_by_name_or_age(caches, capsys):
+    folder, partial = caches
+
+    def left():
+        return {path.name for pattern in prepare.CACHES for path in folder.glob(pattern)}
+
+    before = left()
+    with pytest.raises(UserError, match="has no cache features-abd.bin. Did you mean features-abc.bin"):
+        prepare.main(["cache", "--cache-path", str(folder), "--remove", partial, "features-abd.bin"])
+    assert left() == before
+    prepare.main(["cache", "--cache-path", str(folder), "--remove", "features-abc.bin"])
+    assert before - left() == {"features-abc.bin"}
+    prepare.main(["cache", "--cache-path", str(folder), "--older-than", "25"])
+    assert len(left()) == 1 and "(removed)" in capsys.readouterr().out
+    prepare.main(["cache", "--cache-path", str(folder), "--older-than", "0"])
+    assert not left() and not [path for path in folder.iterdir() if path.is_dir()]
+
+
+def test_no_home_folder_is_one_clear_line(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(UserError, match="cannot read or clear the cache folder: there is no home folder"):
+        prepare.main(["cache"])
+
+
+# ---- mistakes
 
 
 @pytest.mark.parametrize(

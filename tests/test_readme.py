@@ -74,8 +74,8 @@ def newcomer(tmp_path, monkeypatch, hf_clip):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(hf_clip("clip"), tmp_path / "models/clip")  # in the place of the one from the hub
     write_products(tmp_path)
-    write_scenes(tmp_path / "data/flickr8k", 60, seed=1, workers=1, progress=False)
-    write_scenes(tmp_path / "my", 60, seed=2, workers=1, progress=False)
+    write_scenes(tmp_path / "data/flickr8k", 60, seed=1, progress=False)
+    write_scenes(tmp_path / "my", 60, seed=2, progress=False)
     (tmp_path / "my/captions.txt").rename(tmp_path / "my.csv")
     (tmp_path / "my/Images").rename(tmp_path / "my_images")
     (tmp_path / "weights").mkdir()

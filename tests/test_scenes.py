@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -11,9 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clip_scratch.data import scene_captions as words
-from clip_scratch.data import scene_drawing, scenes
-from clip_scratch.data.scenes import PAIRS, PLACES, RADIUS, Scene, Thing, describe, draw, sample_scenes, write_scenes
+from clip_scratch.data.scenes import describe as words
+from clip_scratch.data.scenes import draw as drawing
+from clip_scratch.data.scenes import scene as scenes
+from clip_scratch.data.scenes import write as writing
+from clip_scratch.data.scenes.describe import describe_scene
+from clip_scratch.data.scenes.draw import draw_scene
+from clip_scratch.data.scenes.scene import PAIRS, PLACES, RADIUS, Scene, Thing, sample_scenes
+from clip_scratch.data.scenes.write import ensure_scenes, write_scenes
 from clip_scratch.errors import UserError
 
 SAMPLE = [scene for _, scene in sample_scenes(1500, seed=7)]
@@ -21,7 +27,7 @@ RED_CIRCLE, BLUE_SQUARE = Thing("circle", "red", "big", "solid"), Thing("square"
 
 
 def captions_of(scene, seed=0):
-    return describe(scene, random.Random(f"{seed} {scene}"))
+    return describe_scene(scene, random.Random(f"{seed} {scene}"))
 
 
 def files(folder):
@@ -79,7 +85,7 @@ def test_most_scenes_have_a_twin_of_the_same_words_in_their_split():
 def test_a_swap_is_another_picture_and_another_caption():
     scene = Scene("left", (RED_CIRCLE, BLUE_SQUARE), "white", "plain")
     swap = Scene("left", (BLUE_SQUARE, RED_CIRCLE), "white", "plain")
-    assert np.mean(draw(scene) != draw(swap)) > 0.1
+    assert np.mean(draw_scene(scene) != draw_scene(swap)) > 0.1
     assert (
         captions_of(scene)[0]
         == "a big solid red circle to the left of a small solid blue square on a plain white background"
@@ -92,9 +98,9 @@ def test_a_swap_is_another_picture_and_another_caption():
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_draw_is_a_function_of_the_scene(size):
-    picture = draw(SAMPLE[0], size)
+    picture = draw_scene(SAMPLE[0], size)
     assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
-    assert np.array_equal(picture, draw(SAMPLE[0], size))
+    assert np.array_equal(picture, draw_scene(SAMPLE[0], size))
 
 
 def centre_of(picture, colour):
@@ -115,7 +121,7 @@ def test_pixels_show_the_relation(relation):
             continue
         if relation == "inside":
             things = (Thing(shape, "red", "small", "solid"), Thing("square", "blue", "big", "outlined"))
-        picture = draw(Scene(relation, things, tone, "plain"))
+        picture = draw_scene(Scene(relation, things, tone, "plain"))
         at = [centre_of(picture, thing.colour) for thing in things]
         x, y = [a[0] for a in at], [a[1] for a in at]
         if relation in PLACES:
@@ -135,19 +141,19 @@ def test_pixels_show_the_relation(relation):
 
 
 def test_what_is_in_front_hides_a_part_of_what_is_behind(monkeypatch):
-    drawn, draw_thing = [], scene_drawing._draw_thing
+    drawn, draw_thing = [], drawing._draw_thing
 
     def watched(canvas, *args):
         before = canvas.copy()
         draw_thing(canvas, *args)
         drawn.append((canvas != before).any(2))
 
-    monkeypatch.setattr(scene_drawing, "_draw_thing", watched)
+    monkeypatch.setattr(drawing, "_draw_thing", watched)
     fronts = [scene for scene in SAMPLE if scene.relation == "front"]
     assert len(fronts) > 50
     for scene in fronts:
         drawn.clear()
-        draw(scene)
+        draw_scene(scene)
         behind, front = drawn
         hidden = (front & behind).sum()
         assert hidden > 0.1 * front.sum() and hidden < 0.6 * behind.sum(), scene
@@ -155,7 +161,7 @@ def test_what_is_in_front_hides_a_part_of_what_is_behind(monkeypatch):
 
 def test_everything_stays_in_the_picture():
     for scene in SAMPLE[:400]:
-        for thing, (x, y) in zip(scene.things, scene_drawing.layout(scene, random.Random(repr(scene))), strict=True):
+        for thing, (x, y) in zip(scene.things, drawing.layout(scene, random.Random(repr(scene))), strict=True):
             assert all(RADIUS[thing.size] <= v + 0.005 and v <= 1.005 - RADIUS[thing.size] for v in (x, y)), scene
 
 
@@ -260,12 +266,12 @@ def test_five_different_captions_four_of_which_name_every_thing_and_its_colour()
 # --- Files
 
 
-def test_the_files_do_not_depend_on_the_workers(tmp_path):
-    write_scenes(tmp_path / "one", 130, seed=5, workers=1, progress=False)
-    write_scenes(tmp_path / "two", 130, seed=5, workers=2, progress=False)
+def test_the_files_depend_on_the_seed_alone(tmp_path):
+    for name, seed in (("one", 5), ("two", 5), ("three", 6)):
+        write_scenes(tmp_path / name, 40, seed, progress=False)
     one = files(tmp_path / "one")
-    assert one == files(tmp_path / "two")
-    assert len([name for name in one if name.startswith("Images")]) == 130
+    assert one == files(tmp_path / "two") and one != files(tmp_path / "three")
+    assert len([name for name in one if name.startswith("Images")]) == 40
 
 
 def test_an_ordinary_data_set(tmp_path):
@@ -281,9 +287,9 @@ def test_an_ordinary_data_set(tmp_path):
     assert set().union(*lists.values()) == set(table.image) == {path.name for path in (folder / "Images").iterdir()}
     first = next(iter(sample_scenes(100, 1)))[1]
     picture = cv2.imread(str(folder / "Images" / "000000.png"))[:, :, ::-1]
-    assert np.array_equal(picture, draw(first))
+    assert np.array_equal(picture, draw_scene(first))
     assert captions_of(first)[0] == table.caption[0]
-    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
 def test_nothing_is_overwritten_and_too_few_are_refused(tmp_path):
@@ -298,32 +304,50 @@ def test_nothing_is_overwritten_and_too_few_are_refused(tmp_path):
 def test_ensure_draws_once_and_redraws_what_is_incomplete(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = SimpleNamespace(n_scenes=40, seed=9)
-    partial = tmp_path / "data" / ".scenes-40-9.partial"
+    partial = tmp_path / "data" / ".scenes-40-9.tmp"
     partial.mkdir(parents=True)
     (partial / "captions.txt").write_text("left by a killed run")
-    captions, images = scenes.ensure_scenes(cfg)
+    captions, images = ensure_scenes(cfg)
     before = files(tmp_path / "data" / "scenes-40-9")
     assert str(captions) == "data/scenes-40-9/captions.txt" and len(list(images.iterdir())) == 40
     assert not partial.exists()
 
-    monkeypatch.setattr(scenes, "_write", None)  # a second drawing would fail
-    scenes.ensure_scenes(cfg)
+    monkeypatch.setattr(writing, "_write", None)  # a second drawing would fail
+    ensure_scenes(cfg)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     (images / "000003.png").unlink()
-    scenes.ensure_scenes(cfg)
+    ensure_scenes(cfg)
     assert files(tmp_path / "data" / "scenes-40-9") == before
 
 
 def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "describe", lambda scene, rng: 1 / 0)
+    monkeypatch.setattr(writing, "describe_scene", lambda scene, rng: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_scenes(tmp_path / "set", 40, seed=1, workers=1, progress=False)
+        write_scenes(tmp_path / "set", 40, seed=1, progress=False)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_an_unwritable_place_is_the_users_mistake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="cannot write the drawn scenes"):
-        scenes.ensure_scenes(SimpleNamespace(n_scenes=40, seed=9))
+    with pytest.raises(UserError, match="cannot write the scenes"):
+        ensure_scenes(SimpleNamespace(n_scenes=40, seed=9))
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="cannot write the scenes to .*No space left"):
+        write_scenes(tmp_path / "set", 40, seed=1, progress=False)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_only_the_vocabulary_is_shared():
+    """draw, describe and write import scene.py, which imports none of them."""
+    folder = Path(scenes.__file__).parent
+    for name in ("scene", "draw", "describe"):
+        own = re.findall(r"^ *from \.(\w+) import", (folder / f"{name}.py").read_text(), re.MULTILINE)
+        assert set(own) <= {"scene"} - {name}

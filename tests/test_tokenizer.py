@@ -91,7 +91,7 @@ def test_train_is_a_name():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"pretrained": False}, {"text_pretrained": False}, {"pretrained": False, "text_encoder_model": "bert-mini"}],
+    [{"pretrained": False}, {"pretrained": False, "text_encoder_model": "bert-mini"}],
 )
 def test_random_weights_need_no_hub(settings):
     for captions in (CAPTIONS, pd.Series(CAPTIONS), np.array(CAPTIONS)):

@@ -1,8 +1,8 @@
 """Random crop, flip and colour jitter of a batch of uint8 squares, by OpenCV on a CPU and by torch elsewhere.
 
-How an image is changed depends on (seed, view, image number) alone, never on the batch that it is in: the random
-numbers of all images are drawn at once for a view (an epoch), and a batch takes its rows. The squares are whole
-images, stretched; a crop's shape is that of torchvision's RandomResizedCrop (Szegedy et al. 2014) in the original.
+How an image is changed depends on (seed, view, image number) alone, never on its batch: the random numbers of all
+images are drawn at once for a view (an epoch), and a batch takes its rows. The squares are whole images, stretched; in
+the original image crops have the areas and shapes of torchvision's RandomResizedCrop (Szegedy et al. 2014).
 
 Shapes: `B` images, `M` pixels a side of the squares, `S` of the result, `N` images of the data set.
 """
@@ -22,38 +22,38 @@ import torch
 if TYPE_CHECKING:
     from ..config import CFG
 
-_STREAM = 0x617567  # keeps these random numbers apart from those that shuffle, which have the same seed and epoch
-_TRIES = 10  # of a crop's area and shape, before the whole width or height is taken
-_COLUMNS = 2 * _TRIES + 8  # place (2), flip, whether there is jitter, brightness, contrast, saturation, hue
-_JITTERED = 0.8  # of the images
+_STREAM = 0x617567  # different random numbers from those that shuffle, which have the same seed and epoch
+_TRIES = 10  # to find an area and shape that fit, before the largest possible crop is taken
+_COLUMNS = 2 * _TRIES + 8  # place (2), flip, whether to jitter, brightness, contrast, saturation, hue
+_JITTERED = 0.8  # fraction of the images
 _SHAPES = np.log(4 / 3)  # largest log of a crop's width / height
 _GREY = 0.299, 0.587, 0.114  # luma of red, green and blue (ITU-R BT.601)
-# RGB -> YIQ: luma and two colour axes, whose rows sum to 0 so that grey has no colour
+# RGB -> YIQ: luma and two colour axes, whose rows sum to 0, so that grey has no colour
 _YIQ = np.array([_GREY, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 
 
 @dataclass
 class Changes:
-    """What is done to each of B images."""
+    """The augmentation of B images."""
 
     boxes: np.ndarray  # (B, 4) left, top, width and height of the crop, as fractions of the square
     flips: np.ndarray  # (B,) bool
     matrices: np.ndarray  # (B, 3, 3) on RGB
-    greys: np.ndarray  # (B,) times the crop's mean grey, then added to all three colours
+    greys: np.ndarray  # (B,) factor of the crop's mean grey, which is then added to all three colours
 
 
 def augments(cfg: CFG) -> bool:
-    """Whether these settings change training images at all."""
+    """Whether these settings augment training images at all."""
     return cfg.crop_scale < 1 or any((cfg.horizontal_flip, cfg.color_jitter, cfg.hue_jitter))
 
 
-def draw(seed: int, view: int, n: int) -> np.ndarray:
+def random_numbers(seed: int, view: int, n: int) -> np.ndarray:
     """Uniform random numbers in [0, 1) for `n` images of a view: (N, K)."""
     return np.random.default_rng((seed, view, _STREAM)).random((n, _COLUMNS), dtype=np.float32)
 
 
 def changes(cfg: CFG, uniform: np.ndarray, ratios: np.ndarray) -> Changes:
-    """The changes that random numbers (B, K) mean for images of these ratios (B,) of width to height."""
+    """The changes from random numbers (B, K), for images whose width / height is `ratios` (B,)."""
     areas, shapes, left, top, flip, jitter, *colour = np.split(uniform, [_TRIES, *range(2 * _TRIES, _COLUMNS)], axis=1)
     boxes = _boxes(cfg.crop_scale, areas, shapes, np.hstack([left, top]), ratios)
     around = (1 + cfg.color_jitter * (2 * u - 1)[:, 0] for u in colour[:3])
@@ -91,14 +91,22 @@ def augment(squares: Sequence[np.ndarray], todo: Changes, size: int, bicubic: bo
 
 
 def augment_on_device(squares: torch.Tensor, todo: Changes, size: int, bicubic: bool) -> torch.Tensor:
-    """uint8 (B, M, M, 3) -> (B, S, S, 3) on the device that `squares` are on; the same as `augment` within rounding."""
+    """uint8 (B, M, M, 3) -> (B, S, S, 3) on the device of `squares`; the same as `augment` within rounding.
+
+    Computed in fp32, also under autocast: bf16 would be up to 3 grey levels off.
+    """
+    with torch.autocast(squares.device.type, enabled=False):
+        return _augmented(squares, todo, size, bicubic)
+
+
+def _augmented(squares: torch.Tensor, todo: Changes, size: int, bicubic: bool) -> torch.Tensor:
     side, device = squares.shape[1], squares.device
     boxes = torch.from_numpy(_whole_pixels(todo.boxes, side)).to(device)  # (B, 4)
     matrices, greys = torch.from_numpy(todo.matrices).to(device), torch.from_numpy(todo.greys).to(device)
     flips = torch.from_numpy(todo.flips).to(device)[:, None]
     centres = (torch.arange(size, device=device) + 0.5) / size  # (S,) in the crop
     x, y = (
-        # No further out than the outer pixels' centres: what is beside the crop does not belong to it
+        # Clamped to the centres of the crop's outer pixels, so that nothing beside the crop is sampled
         (first + (extent * at - 0.5).clamp_min(0).minimum(extent - 1) + 0.5) * 2 / side - 1  # (B, S)
         for first, extent, at in (
             (boxes[:, :1], boxes[:, 2:3], torch.where(flips, centres.flip(0), centres)),
@@ -118,7 +126,7 @@ def augment_on_device(squares: torch.Tensor, todo: Changes, size: int, bicubic: 
 def _boxes(scale: float, areas: np.ndarray, shapes: np.ndarray, place: np.ndarray, ratios: np.ndarray) -> np.ndarray:
     """Crops (B, 4) as fractions, from random numbers: areas and shapes (B, tries), place (B, 2).
 
-    Of each image the first try that fits into it; where none does, the largest of an allowed shape, in the middle.
+    Each image takes its first try that fits; where none does, the largest crop of an allowed shape, centred.
     """
     if scale == 1:
         return np.tile(np.array([0, 0, 1, 1], np.float32), (len(ratios), 1))
@@ -144,10 +152,10 @@ def _whole_pixels(boxes: np.ndarray, side: int) -> np.ndarray:
 def _colour_changes(
     brightness: np.ndarray, contrast: np.ndarray, saturation: np.ndarray, hue: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One matrix (B, 3, 3), and what times the mean grey is added (B,), for the four changes (B,) in this order.
+    """The four changes (B,), in this order, as one matrix (B, 3, 3) and the factor of the mean grey to add (B,).
 
     Contrast is around the mean grey, saturation around each pixel's own; hue, in turns, rotates about the grey axis
-    of YIQ. The last two leave grey as it is, so that the offset of the contrast passes through them.
+    of YIQ. The last two do not change grey, so the offset of the contrast passes through them unchanged.
     """
     cos, sin = np.cos(2 * np.pi * hue), np.sin(2 * np.pi * hue)
     rotation = np.zeros((len(hue), 3, 3))
@@ -166,8 +174,8 @@ def _threads() -> int:
 
 @cache
 def _pool(_process: int) -> ThreadPoolExecutor:
-    """Threads that OpenCV, which releases Python's lock, can use; a forked process has none of its parent's."""
+    """Threads for OpenCV, which releases the GIL. One pool per process: a fork does not inherit threads."""
     import cv2
 
-    cv2.setNumThreads(1)  # its own threads split a single image, which is too little work for them
+    cv2.setNumThreads(1)  # its own threads would split a single image, which is too little work
     return ThreadPoolExecutor(_threads())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -14,45 +13,37 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..errors import UserError, suggest
-from .readers import Columns, read_file, read_text
+from ..errors import UserError
+from .locate import SPLIT_OF_NAME, SPLITS, Located, existing_folder, find_images, locate
+from .readers import read_file, read_text
 
 if TYPE_CHECKING:
     from ..config import CFG
 
-SPLITS = ("train", "valid", "test")
-SPLIT_OF_NAME = {
-    "train": "train", "training": "train", "restval": "train",
-    "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 SPLIT_LISTS = {
     "train": ("*trainImages.txt",),
     "valid": ("*devImages.txt", "*valImages.txt"),
     "test": ("*testImages.txt",),
 }
-# The captions file of a published data set, by its name; the first that a folder holds is taken.
-PUBLISHED = (
-    "dataset_*.json", "Flickr8k.token.txt", "results_20130124.token", "captions.txt", "captions.csv", "results.csv",
-)  # fmt: skip
-CAPTIONS_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson"}
-# Where the images of a published data set lie when its texts have a folder of their own.
-IMAGE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images")
 
 
 def read_captions(cfg: CFG) -> pd.DataFrame:
     """The caption table of cfg.captions_path, or of the built-in scenes.
 
-    Columns: image (path below `image_folder(cfg)`), caption, image_id (one integer per distinct image, counted
-    from 0 in the order of the file), split (train, valid or test), file and row (where the caption stands), and
-    label where the file has one. The split is the one of the files, of a split column, of published lists beside
-    the file, or seeded, in this order. Raises UserError for whatever the user can mend.
+    Columns: image (path below `image_folder(cfg)`), caption, image_id (one integer per distinct image, counted from 0
+    in the order of the file), split (train, valid or test), file and row (where the caption is), and label where the
+    file has one. The split comes from the files, a split column, published lists beside the file, or a seed, in this
+    order. Raises UserError for a bad file or setting.
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
-    files, form, columns, _ = _locate(cfg)
-    parts = {split: read_file(file, form, columns) for split, file in files.items()}
+    return read_table(locate(cfg), cfg)
+
+
+def read_table(located: Located, cfg: CFG) -> pd.DataFrame:
+    """`read_captions` of a data set that has been located."""
+    parts = {split: read_file(file, located.form, located.columns) for split, file in located.files.items()}
     parts = [part.assign(split=split) if split else part for split, part in parts.items()]
-    table = _split(_clean(pd.concat(parts, ignore_index=True)), next(iter(files.values())), cfg)
+    table = _split(_clean(pd.concat(parts, ignore_index=True)), located.first, cfg)
     table["image_id"] = pd.factorize(table["image"])[0]
     first = ["image", "caption", "image_id", "split"]
     return table[first + [name for name in table.columns if name not in first]].reset_index(drop=True)
@@ -66,7 +57,7 @@ def make_train_valid_dfs(cfg: CFG) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def split_of(table: pd.DataFrame, split: str, source: str) -> pd.DataFrame:
-    """The rows of a split. Raises UserError where `source`, the data set's name in the message, has none."""
+    """The rows of a split. Raises UserError where there are none; `source` is the data set's name in the message."""
     rows = table[table["split"] == split]
     if rows.empty:
         counts = table.groupby("split")["image"].nunique()
@@ -88,55 +79,43 @@ def fingerprint_of(table: pd.DataFrame) -> str:
 
 
 def plain_words(captions: pd.Series) -> pd.Series:
-    """The captions in lower case with single spaces: two that are equal then say the same."""
+    """The captions in lower case with single spaces, to compare them."""
     return captions.str.lower().str.split().str.join(" ")
 
 
 def image_folder(cfg: CFG, table: pd.DataFrame | None = None) -> Path:
-    """The folder that the `image` column is relative to.
+    """The folder that the `image` column is relative to: cfg.image_path, or the one that `open_data` would find.
 
-    It is cfg.image_path, or else the captions file's folder or one beside the file, whichever holds the images.
-    With the caption `table` at hand the captions file is not read a second time.
+    With the caption `table` the captions file is not read again.
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
-    files, form, columns, images = _locate(cfg)
-    path = next(iter(files.values()))
-    if images:
-        return images
     if cfg.image_path:
-        folder = Path(cfg.image_path).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"no image folder {folder}.{_near(folder)} Set --image-path to the folder of the images.")
-        return folder
-    names = (read_file(path, form, columns) if table is None else table)["image"].drop_duplicates()
-    sample = names.iloc[:: max(1, len(names) // 20)]
-    beside = sorted(entry for entry in path.parent.iterdir() if entry.is_dir())
-    above = [path.parent.parent / name for name in IMAGE_FOLDERS]
-    # The first of equals wins, so the captions file's own folder is the answer where no image is found at all.
-    return max([path.parent, *beside, *above], key=lambda folder: sum((folder / name).is_file() for name in sample))
+        return existing_folder(cfg.image_path)
+    located = locate(cfg)
+    if located.images:
+        return located.images
+    return find_images(located, read_table(located, cfg) if table is None else table)
 
 
 def check_images(
     table: pd.DataFrame, folder: Path, on_bad_image: str, progress: bool = True, known: Collection[str] = ()
 ) -> pd.DataFrame:
-    """Decode every distinct image of the table; the table without those that are missing or undecodable.
+    """Decode every distinct image; returns the table without images that are missing or cannot be decoded.
 
-    The images in `known` (`image_cache.decoded_before`) have been decoded already and are not decoded again.
-    With on_bad_image "error" any bad image raises UserError, which counts them and names the first ten with
-    file and row; with "skip" the same is printed and their rows are left out. That no image is there at all is
-    an error either way: the folder is wrong.
+    The images in `known` (`image_cache.decoded_before`) are not decoded again. With on_bad_image "error" a bad image
+    raises UserError with their number and the first ten with file and row; with "skip" this is printed and their rows
+    are left out. If all images are missing it is an error in both cases: the folder is wrong.
     """
     from tqdm import tqdm
 
     firsts = table.drop_duplicates("image")
-    missing = ~firsts["image"].map(lambda name: (folder / name).is_file())
-    if missing.all():
+    if not any(os.path.isfile(folder / name) for name in firsts["image"]):
         example = firsts.iloc[0]
         raise UserError(
-            f"none of the {len(firsts):,} images of {example['file']} is there: searched {folder.absolute()}, for "
-            f"example for {example['image']} (row {example['row']}). Set --image-path to the folder of the images."
+            f"none of the {len(firsts):,} images of {example['file']} is in {folder.absolute()}, for example "
+            f"{example['image']} (row {example['row']}). Set --image-path to the folder of the images."
         )
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release Python's lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
         new = firsts[~firsts["image"].isin(known)]
         faults = pool.map(_fault, [folder / name for name in new["image"]])
         faults = list(tqdm(faults, "Checking images", len(new), disable=not progress, unit=" images", leave=False))
@@ -148,13 +127,13 @@ def check_images(
     count = f"{len(bad):,} of {len(firsts):,} images in {folder}"
     report = "\n".join([f"{count} are missing or cannot be decoded:", *shown])
     if on_bad_image == "error" or len(bad) == len(firsts):
-        raise UserError(f"{report}\nMend them, or leave them out with --on-bad-image skip.")
+        raise UserError(f"{report}\nRepair them, or leave them out with --on-bad-image skip.")
     _note(f"{report}\nThey are left out.")
     return table[~table["image"].isin(bad["image"])].reset_index(drop=True)
 
 
 def _fault(path: Path) -> str | None:
-    """Why an image cannot be used; None where it can."""
+    """Why an image cannot be used, or None."""
     from .images import fault_of, load_image
 
     try:
@@ -162,101 +141,6 @@ def _fault(path: Path) -> str | None:
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
         return fault_of(path, error)
     return None
-
-
-# ---- where the captions are
-
-
-def _locate(cfg: CFG) -> tuple[dict[str, Path], str, Columns, Path | None]:
-    """The captions files by split, their format and columns, and the image folder where the data set fixes one.
-
-    A single file, whose splits are inside it or beside it or nowhere, has the key "".
-    """
-    if not cfg.captions_path:
-        from .scenes.write import ensure_scenes
-
-        captions, images = ensure_scenes(cfg)
-        return {"": Path(captions)}, "table", Columns(), Path(images)
-    path = Path(cfg.captions_path).expanduser()
-    try:
-        path.exists()
-    except OSError as error:  # a folder above it is closed, or the name is too long
-        raise UserError(f"cannot read {path}: {error.strerror}. Set --captions-path.") from error
-    if cfg.captions_format == "huggingface" or (cfg.captions_format == "auto" and _is_huggingface(path)):
-        from .huggingface import export
-
-        captions = export(path if path.exists() else cfg.captions_path, cfg)
-        return {"": captions}, "json", Columns(), captions.parent
-    columns = Columns(cfg.image_column, cfg.caption_column, cfg.label_column)
-    files = _captions_files(path)
-    others = {"valid": cfg.valid_captions_path, "test": cfg.test_captions_path}
-    others = {split: _captions_file(Path(other).expanduser()) for split, other in others.items() if other}
-    if others and "" in files:
-        files = {"train": files[""]}
-    return files | others, cfg.captions_format, columns, None
-
-
-def _is_huggingface(path: Path) -> bool:
-    """Whether a path is a Hugging Face data set: a folder or file of that kind, or else a name on the hub."""
-    if path.is_dir():
-        signs = ["dataset_dict.json", "state.json", "*.parquet", "data/*.parquet"]
-        signs += ["metadata.csv", "metadata.jsonl", "*/metadata.csv", "*/metadata.jsonl"]  # an imagefolder
-        return any(next(path.glob(sign), None) for sign in signs)
-    if path.exists() or path.suffix == ".parquet":
-        return path.suffix == ".parquet"
-    # `owner/name`, unless that is meant to be a file in a folder that exists
-    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.suffix not in {*CAPTIONS_SUFFIXES, ".txt", ".token"}
-    return bool(on_hub) and not path.parent.exists()
-
-
-def _captions_files(path: Path) -> dict[str, Path]:
-    """`_captions_file`, with the key ""; of a folder with a file for each split, as train.csv and val.csv, those."""
-    if path.is_dir():
-        found = _captions_files_in(path)
-        splits = {_split_in_name(file): file for file in found}
-        if len(found) > 1 and len(splits) == len(found) and None not in splits:
-            return {split: splits[split] for split in SPLITS if split in splits}
-    return {"": _captions_file(path)}
-
-
-def _split_in_name(file: Path) -> str | None:
-    """The one split that a word of the file's name means, as in val_data.json; None for none or two."""
-    words = re.split(r"[\W_]+", file.stem.lower())
-    splits = {SPLIT_OF_NAME[word] for word in words if word in SPLIT_OF_NAME}
-    return splits.pop() if len(splits) == 1 else None
-
-
-def _captions_files_in(folder: Path) -> list[Path]:
-    """What may be the captions file of a folder: what has a published name, or else a usual ending."""
-    for pattern in PUBLISHED:
-        if found := sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}")):
-            return found
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in CAPTIONS_SUFFIXES)
-
-
-def _captions_file(path: Path) -> Path:
-    """`path` itself, or the captions file in it where it is a folder. Raises UserError where there is none."""
-    if not path.exists():
-        raise UserError(f"no captions file {path}.{_near(path)} Set --captions-path.")
-    if path.is_file():
-        return path
-    found = _captions_files_in(path)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(str(file.relative_to(path)) for file in found[:5])
-        raise UserError(
-            f"{path} holds several captions files ({names}). Set --captions-path to one of them, "
-            "or leave one for each split, named as train.csv and val.csv are."
-        )
-    raise UserError(f"{path} holds no captions file (looked for {', '.join(PUBLISHED)}). Set --captions-path to it.")
-
-
-def _near(path: Path) -> str:
-    """A sentence on what there is instead of a path that does not exist."""
-    if not path.parent.is_dir():
-        return f" There is no folder {path.parent} either."
-    return suggest(path.name, (entry.name for entry in path.parent.iterdir()))
 
 
 # ---- cleaning and splits
@@ -267,7 +151,7 @@ def _note(text: str) -> None:
 
 
 def _clean(table: pd.DataFrame) -> pd.DataFrame:
-    """The table without empty captions, which are counted aloud, and with each caption of an image once."""
+    """The table without rows that have no caption or image, which are counted, and without repeated rows."""
     empty = (table["caption"] == "") | (table["image"] == "")
     if empty.any():
         first = table[empty].iloc[0]
@@ -275,17 +159,17 @@ def _clean(table: pd.DataFrame) -> pd.DataFrame:
         if empty.all():
             raise UserError(f"{where} and all other rows have no image or no caption.")
         _note(f"Left out {empty.sum():,} rows with no image or no caption (the first: {where}).")
-    # The same caption in two splits stays twice, so that _split sees and refuses it.
+    # The same caption in two splits stays twice, so that _split refuses it
     return table[~empty].drop_duplicates([name for name in ("image", "caption", "split") if name in table])
 
 
 def _split(table: pd.DataFrame, path: Path, cfg: CFG) -> pd.DataFrame:
-    """The table with a `split` for every row; rows that a published list leaves out are dropped."""
+    """The table with a `split` for every row; images that are in none of the published lists are left out."""
     if "split" in table:
         table = table.assign(split=_column_splits(table))
     else:
         listed = _listed(table["image"], _published_lists(path.parent))
-        if listed.isna().all():  # no lists, or lists of another data set: nothing is published
+        if listed.isna().all():  # no lists, or those of another data set
             return _seeded(table, cfg.valid_fraction, cfg.test_fraction, cfg.seed)
         if listed.isna().any():
             left_out = table["image"][listed.isna()].nunique()
@@ -302,13 +186,14 @@ def _split(table: pd.DataFrame, path: Path, cfg: CFG) -> pd.DataFrame:
 
 
 def _column_splits(table: pd.DataFrame) -> pd.Series:
-    """The split column in our names. Raises UserError for an unknown name, or an image in two splits."""
+    """The split column as train, valid and test. Raises UserError for an unknown name, or an image in two splits."""
     given = table["split"].fillna("").astype(str).str.strip()
     splits = given.map(lambda name: SPLIT_OF_NAME.get(name.lower()))
     if splits.isna().any():
         bad = table[splits.isna()].iloc[0]
         name = given[splits.isna()].iloc[0]
-        raise UserError(f"{bad['file']}, row {bad['row']}: the split {name!r} is none of {', '.join(SPLIT_OF_NAME)}.")
+        known = ", ".join(SPLIT_OF_NAME)
+        raise UserError(f"{bad['file']}, row {bad['row']}: unknown split {name!r}. A split is one of {known}.")
     firsts = table.assign(split=splits).drop_duplicates(["image", "split"])
     twice = firsts[firsts.duplicated("image", keep=False)]
     if not twice.empty:
@@ -333,21 +218,17 @@ def _published_lists(folder: Path) -> dict[str, str]:
 
 
 def _listed(images: pd.Series, lists: dict[str, str]) -> pd.Series:
-    """The split of each image that is listed, as it stands or without its folders; NaN for the others."""
+    """The split of each image in the lists, by its path or its file name; NaN for the others."""
     return images.map(lambda name: lists.get(name, lists.get(PurePosixPath(name).name)))
 
 
 def _seeded(table: pd.DataFrame, valid_fraction: float, test_fraction: float, seed: int) -> pd.DataFrame:
-    """The table with its images split at random: at least one in each part that is asked for.
+    """The table with its images split at random, at least one in each split with a fraction above 0.
 
-    Images are ordered by a hash of seed and name, so that neither the order of the rows matters nor, but for the
-    few at the edges, which other images there are.
+    Images are ordered by a hash of seed and name: the order of the rows does not matter, and images that are added or
+    removed move few of the others.
     """
-
-    def draw(name: str) -> bytes:
-        return hashlib.sha256(f"{seed} {name}".encode()).digest()
-
-    images = sorted(table["image"].unique(), key=draw)
+    images = sorted(table["image"].unique(), key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     n_valid, n_test = (max(1, round(len(images) * part)) if part else 0 for part in (valid_fraction, test_fraction))
     if len(images) <= n_valid + n_test:
         raise UserError(

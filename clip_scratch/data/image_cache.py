@@ -1,10 +1,10 @@
-"""Where a loader's uint8 squares come from: decoded at every step, or once into a memory-mapped cache on disk.
+"""Where a loader's uint8 squares come from: decoded in every step, or once into a memory-mapped cache on disk.
 
-A cache is a folder images-<hash> of four files: `pixels` (N, M, M, 3) uint8, `ratios` (N,) float32, `done` (N,) one
-byte a row, all raw, and files.json with the names and stamps of the images. The hash is that of the files and of
-whatever decides the pixels, so that no cache is ever out of date. A row counts as done when its bytes are on the
-disk: what builds a cache may be killed at any instant, and the next goes on. The pages of the map are shared by all
-processes that read it, and stay in memory as long as there is room.
+A cache is a folder images-<hash> with four files: `pixels` (N, M, M, 3) uint8, `ratios` (N,) float32, `done` (N,) one
+byte per row, all raw, and files.json with the names, sizes and times of the images. The hash covers these and all
+settings that change the pixels, so a cache is never stale. A row is recorded as done once its bytes are on the disk:
+a build may be killed at any instant, and the next one resumes it. All processes share the pages of the map, which stay
+in memory as long as there is room.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL
 
-from ..files import cache_folder
+from ..files import cache_folder, check_room, sole_writer
 from .images import image_prefix, load_image, prefix_side, reading
 
 if TYPE_CHECKING:
     from ..config import CFG
 
-_FORMAT = 1  # of the folder; also to be raised when the same settings come to give other pixels
-_WORTH_SAYING = 5e8  # bytes: a cache as large as this is announced
+_FORMAT = 2  # of the folder; raised also when the same settings give other pixels than before
 _CHUNK = 256  # rows that are decoded, written and recorded together
 
 
 class ImageFiles:
-    """N images that are decoded anew whenever they are asked for: `.side` M, `.read(numbers)`."""
+    """N images that are decoded at every access: `.side` M, `.read(numbers)`."""
 
     def __init__(self, names: Sequence[str], folder: Path, cfg: CFG, train: bool):
         self.paths = [os.path.join(folder, name) for name in names]
@@ -55,8 +54,8 @@ class ImageFiles:
         return len(self.paths)
 
     def decode(self, number: int) -> tuple[np.ndarray, float]:
-        """One image's square (M, M, 3), and width / height of the image. Raises UserError for one that is corrupt."""
-        if not hasattr(self._local, "prefix"):  # a pipeline keeps the state of a call: each thread needs its own
+        """An image's square (M, M, 3), and the image's width / height. Raises UserError for a corrupt image."""
+        if not hasattr(self._local, "prefix"):  # a pipeline has state: each thread needs its own
             self._local.prefix = self._prefix()
         with reading(self.paths[number]):
             image = load_image(self.paths[number])
@@ -69,7 +68,7 @@ class ImageFiles:
 
 
 class ImageCache:
-    """The same from a finished cache: `.pixels` (N, M, M, 3) is the memory map, `.ratios` (N,)."""
+    """The same from a complete cache: `.pixels` (N, M, M, 3) is the memory map, `.ratios` (N,)."""
 
     def __init__(self, folder: Path, n: int, side: int):
         self.pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "r", shape=(n, side, side, 3)))
@@ -85,46 +84,59 @@ class ImageCache:
 
 
 def open_images(names: Sequence[str], folder: Path, cfg: CFG, train: bool) -> ImageCache | ImageFiles:
-    """The images `names` below `folder` as squares: from the cache, which is built first where it is not there.
+    """The images `names` below `folder` as squares: from the cache, which is built if it is missing.
 
-    ImageFiles where cfg.image_cache is off, and where the disk has no room or cannot be written, which one printed
-    line says. Raises UserError for a missing or corrupt image.
+    ImageFiles where cfg.image_cache is off, and, with one printed line, where the cache cannot be written or the disk
+    has no room; an unfinished cache is then removed. Raises UserError for a missing or corrupt image.
     """
     files = ImageFiles(names, folder, cfg, train)
     if not cfg.image_cache:
         return files
     record = _record(names, files.paths, folder, files.side)
-    cache = cache_folder(cfg) / f"images-{_key(record, cfg, train)}"
     try:
-        if not _finished(cache, files):
-            _build_alone(cache, files, record)
+        cache = cache_folder(cfg) / f"images-{_key(record, cfg, train)}"
+        if not rows_done(cache, len(files), files.side).all():
+            with sole_writer(cache):
+                _build(cache, files, record)
         return ImageCache(cache, len(files), files.side)
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: of a disk that knows no locks
-        print(f"no image cache in {cache.parent} ({error}): images are decoded at every step. Set --cache-path to "
-              "a folder with room.", file=sys.stderr)  # fmt: skip
+    except OSError as error:
+        print(f"no image cache ({error}): images are decoded in every step. Set --cache-path to a folder with room.",
+              file=sys.stderr)  # fmt: skip
         return files
 
 
 def decoded_before(folder: Path, cfg: CFG) -> set[str]:
-    """The images below `folder` that a cache has decoded, and whose files have not been touched since."""
+    """The images below `folder` that are in a cache and whose files have not changed since."""
     known: set[str] = set()
-    for file in cache_folder(cfg).glob("images-*/files.json"):
+    try:
+        records = list(cache_folder(cfg).glob("images-*/files.json"))
+    except OSError:  # no home folder, or one that cannot be read
+        return known
+    for file in records:
         try:
             record = json.loads(file.read_text())
-            done = np.fromfile(file.with_name("done"), bool)
-        except (OSError, ValueError):  # just being made or removed
+            done = rows_done(file.parent, len(record["names"]), record["side"])
+        except (OSError, ValueError):  # just being written or removed
             continue
-        if record["folder"] == os.path.abspath(folder) and len(done) == len(record["names"]):
+        if record["folder"] == os.path.abspath(folder):
             rows = zip(record["names"], record["stamps"], done, strict=True)
             known.update(name for name, stamp, ok in rows if ok and _stamp(os.path.join(folder, name)) == stamp)
     return known
+
+
+def rows_done(cache: Path, n: int, side: int) -> np.ndarray:
+    """Which of a cache's `n` rows are on the disk, (N,) bool; none where a file is missing or has another size."""
+    sizes = {"pixels": 3 * n * side**2, "ratios": 4 * n, "done": n}
+    if all(os.path.isfile(cache / name) and os.path.getsize(cache / name) == size for name, size in sizes.items()):
+        return np.fromfile(cache / "done", bool)
+    return np.zeros(n, bool)
 
 
 # ---- which cache
 
 
 def _stamp(path: str) -> list[int] | None:
-    """Size in bytes and time of the last change in ns; None where there is no such file."""
+    """Size in bytes and modification time in ns; None where there is no such file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -133,18 +145,18 @@ def _stamp(path: str) -> list[int] | None:
 
 
 def _record(names: Sequence[str], paths: Sequence[str], folder: Path, side: int) -> dict:
-    """What files.json holds."""
+    """The content of files.json."""
     stamps = [_stamp(path) for path in paths]
     return {"folder": os.path.abspath(folder), "side": side, "names": list(names), "stamps": stamps}
 
 
 def _key(record: dict, cfg: CFG, train: bool) -> str:
-    """A hash of all that decides the pixels: the files, the settings and the libraries that resize."""
+    """A hash of all that determines the pixels: the files, the settings and the libraries that resize."""
     crops = train and cfg.crop_scale < 1
     geometry = (cfg.interpolation, *(() if crops else (cfg.size, cfg.resize)))
     versions = PIL.__version__, *map(_version, ("albumentations", "opencv-python", "opencv-python-headless"))
-    decides = json.dumps([_FORMAT, record, crops, geometry, versions])
-    return hashlib.sha256(decides.encode()).hexdigest()[:16]
+    content = json.dumps([_FORMAT, record, crops, geometry, versions])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _version(package: str) -> str:
@@ -157,89 +169,58 @@ def _version(package: str) -> str:
 # ---- building
 
 
-def _finished(cache: Path, files: ImageFiles) -> bool:
-    return (cache / "done").is_file() and _rows_done(cache, files).all()
-
-
-def _rows_done(cache: Path, files: ImageFiles) -> np.ndarray:
-    """Which rows (N,) are on the disk; none of a folder whose files have not the size that they were made with."""
-    n = len(files)
-    sizes = {"pixels": 3 * n * files.side**2, "ratios": 4 * n, "done": n}
-    if all((cache / name).is_file() and (cache / name).stat().st_size == size for name, size in sizes.items()):
-        return np.fromfile(cache / "done", bool)
-    return np.zeros(n, bool)
-
-
-def _build_alone(cache: Path, files: ImageFiles, record: dict) -> None:
-    """Build, or go on with, a cache while no other process does. Raises OSError where it cannot be written."""
-    from filelock import FileLock, Timeout
-
-    cache.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cache / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that builds {cache}", file=sys.stderr)
-        lock.acquire()
-    try:
-        if not _finished(cache, files):
-            _build(cache, files, record)
-    finally:
-        lock.release()
-
-
 def _build(cache: Path, files: ImageFiles, record: dict) -> None:
+    """Build a cache, or complete it. Raises OSError where there is no room, and removes the unfinished cache."""
+    n, row_size = len(files), 3 * files.side**2
+    rows = np.flatnonzero(~rows_done(cache, n, files.side))
+    try:
+        check_room(cache.parent, len(rows) * row_size, f"{n:,} images", "--no-image-cache")
+        if len(rows) == n:
+            cache.mkdir(exist_ok=True)
+            (cache / "files.json").write_text(json.dumps(record))
+            for name, size in (("pixels", n * row_size), ("ratios", 4 * n), ("done", n)):
+                with open(cache / name, "wb") as file:
+                    file.truncate(size)
+        if len(rows):  # else another process has completed it meanwhile
+            _write_rows(cache, files, rows)
+    except OSError:
+        shutil.rmtree(cache, ignore_errors=True)
+        raise
+
+
+def _write_rows(cache: Path, files: ImageFiles, rows: np.ndarray) -> None:
     from tqdm import tqdm
 
-    n, size = len(files), 3 * files.side**2  # bytes of a row
-    done = _rows_done(cache, files)
-    missing, free = int((~done).sum()) * size, shutil.disk_usage(cache).free
-    if missing > free / 2:  # the other half is for runs, and for whoever else uses the disk
-        raise OSError(f"it needs {missing / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    if missing > _WORTH_SAYING:
-        print(f"caching {n:,} images, {n * size / 1e9:.1f} GB, in {cache} (--no-image-cache does without)")
-    if not done.any():
-        _lay_out(cache, n, size, record)
-    rows = np.flatnonzero(~done)
     with (
-        open(cache / "pixels", "r+b") as pixels,
-        open(cache / "ratios", "r+b") as ratios,
-        open(cache / "done", "r+b") as finished,
-        tqdm(total=n, initial=n - len(rows), desc="Caching images", unit=" images", leave=False) as bar,
+        open(cache / "pixels", "rb+") as pixels,
+        open(cache / "ratios", "rb+") as ratios,
+        open(cache / "done", "rb+") as done,
+        tqdm(total=len(rows), desc="Caching images", unit=" images", leave=False) as bar,
     ):
         for chunk in _decoded(files, rows):
             for row, (square, ratio) in chunk:
                 _write_row(pixels, row, square)
                 _write_row(ratios, row, np.float32(ratio))
-            for file in (pixels, ratios):
-                _to_disk(file)
-            for row, _ in chunk:  # only now: what is recorded as done is done, whenever the power fails
-                _write_row(finished, row, np.True_)
-            _to_disk(finished)
+            _sync(pixels)
+            _sync(ratios)
+            for row, _ in chunk:  # only now: a row that is recorded as done is on the disk, even after a power failure
+                _write_row(done, row, np.True_)
+            _sync(done)
             bar.update(len(chunk))
 
 
-def _lay_out(cache: Path, n: int, size: int, record: dict) -> None:
-    """Empty files of their final sizes."""
-    (cache / "files.json").write_text(json.dumps(record))
-    for name, length in (("pixels", n * size), ("ratios", 4 * n), ("done", n)):
-        with open(cache / name, "wb") as file:
-            file.truncate(length)
-
-
 def _decoded(files: ImageFiles, rows: np.ndarray) -> Iterator[list[tuple[int, tuple[np.ndarray, float]]]]:
-    """The rows in chunks, the next of which is being decoded while one is written."""
-    chunks = np.split(rows, range(_CHUNK, len(rows), _CHUNK))
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)  # decoders release Python's lock
+    """The rows in chunks; while one is written the next one is decoded."""
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)  # decoders release the GIL
     try:
-        begun: list[list[tuple[int, Future]]] = []
-        for chunk in chunks:
-            begun.append([(int(row), pool.submit(files.decode, row)) for row in chunk])
-            if len(begun) > 1:
-                yield [(row, future.result()) for row, future in begun.pop(0)]
-        yield [(row, future.result()) for row, future in begun.pop(0)]
+        started: list[list[tuple[int, Future]]] = []
+        for chunk in np.split(rows, range(_CHUNK, len(rows), _CHUNK)):
+            started.append([(int(row), pool.submit(files.decode, row)) for row in chunk])
+            if len(started) > 1:
+                yield [(row, future.result()) for row, future in started.pop(0)]
+        yield [(row, future.result()) for row, future in started.pop(0)]
     finally:
-        pool.shutdown(cancel_futures=True)  # at a corrupt image, or Ctrl-C
+        pool.shutdown(cancel_futures=True)  # after a corrupt image, or Ctrl-C
 
 
 def _write_row(file, row: int, value: np.ndarray | np.generic) -> None:
@@ -247,6 +228,6 @@ def _write_row(file, row: int, value: np.ndarray | np.generic) -> None:
     file.write(value.tobytes())
 
 
-def _to_disk(file) -> None:
+def _sync(file) -> None:
     file.flush()
     os.fsync(file.fileno())

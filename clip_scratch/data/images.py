@@ -1,7 +1,7 @@
-"""Image files -> RGB arrays -> uint8 squares, by albumentations. The model itself normalises, on its own device.
+"""Image files -> RGB arrays -> uint8 squares, by albumentations. The model normalises them, on its own device.
 
-Training splits the way in two: what is the same in every epoch is done once by `image_prefix`, and augment.py draws
-crop, flip and colours on its squares. `image_transform` is both in one pipeline, for one image at a time.
+Training has two stages: `image_prefix` does once what is the same in every epoch, and augment.py crops, flips and
+recolours its squares. `image_transform` is both in one pipeline, for one image at a time.
 """
 
 from __future__ import annotations
@@ -15,44 +15,99 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..config import CFG
 
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
+}  # fmt: skip
+# Bytes 4 to 12 of a HEIF file (ISO/IEC 23008-12)
+_HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
+
 # albumentations asks the network for a newer release when it is imported
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+
+def images_below(folder: Path) -> list[str]:
+    """The image files below a folder, as sorted paths relative to it, with forward slashes.
+
+    Hidden files and folders are left out (`._x.jpg` is what macOS writes beside x.jpg on other disks). Raises
+    UserError where there are no images.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}")
+    names = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = (name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
+        names += [Path(root, name).relative_to(folder).as_posix() for name in images]
+    if not names:
+        raise UserError(f"there are no images below {folder}")
+    return sorted(names)
 
 
 def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """An image file, PIL image or array as RGB uint8, (H, W, 3).
 
-    EXIF orientation is applied; greyscale, palette, CMYK and 16-bit images become RGB; what is transparent
-    lies on white. A truncated or corrupt file raises OSError (or ValueError or SyntaxError, as PIL does).
+    EXIF orientation is applied; greyscale, palette and CMYK images become RGB; transparent pixels become white.
+    Greyscale values of more than 8 bits are scaled as in `_to_8_bits`. A truncated or corrupt file raises OSError (or
+    ValueError or SyntaxError, as PIL does); a HEIC file without its library raises UserError.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     elif not isinstance(image, Image.Image):
-        with Image.open(image) as file:
+        with _open(image) as file:
             file.load()
             image = file
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greyscale: PIL would clip it to white
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":
+        image = _to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
 
 
+def _open(path: str | Path) -> Image.Image:
+    """Image.open, and for HEIC files, whatever their suffix, the decoder of the `heif` extra."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            if file.read(12)[4:] not in _HEIF_BRANDS:
+                raise
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise UserError("HEIC images need another library: pip install 'clip_scratch[heif]'") from error
+    pillow_heif.register_heif_opener()
+    return Image.open(path)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit, 32-bit or float greyscale image as 8-bit greyscale.
+
+    Files do not tell which value is white (12-bit data is often stored in 16-bit files), but the largest value of
+    the image shows it: the first of 255, 4095 and 65535 that it does not exceed, or 1 for floats up to 1; beyond
+    65535 the largest value itself. Negative values and NaN become black.
+    """
+    values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
+    largest = values.max()
+    whites = (1, 255, 4095, 65535) if image.mode[0] == "F" else (255, 4095, 65535)
+    white = next((white for white in whites if largest <= white), largest)
+    return Image.fromarray(np.rint(values * (255 / white)).clip(0, 255).astype(np.uint8))
+
+
 def image_transform(cfg: CFG, train: bool):
     """The albumentations pipeline: `transform(image=array)["image"]` is a uint8 tensor (3, size, size).
 
     Training: random resized crop, flip and colour jitter, each a setting. Evaluation, and training without a
-    random crop: the whole image resized to the square, so that nothing a caption mentions is cut off, or with
-    cfg.resize "crop" its shorter side resized and the centre kept, as CLIP does (Radford et al. 2021).
+    random crop: the whole image resized to the square, so that nothing a caption mentions is cut off; with
+    cfg.resize "crop" its shorter side is resized and the centre cropped, as in CLIP (Radford et al. 2021).
     """
     import albumentations as A
     import cv2
@@ -78,9 +133,9 @@ def image_transform(cfg: CFG, train: bool):
 
 
 def image_prefix(cfg: CFG, train: bool, side: int):
-    """What is the same in every epoch: `prefix(image=array)["image"]` is a uint8 square (side, side, 3).
+    """The part that is the same in every epoch: `prefix(image=array)["image"]` is a uint8 square (side, side, 3).
 
-    `side` is that of `prefix_side`. Evaluation, and training without a random crop: the square that the model sees.
+    `side` comes from `prefix_side`. Evaluation, and training without a random crop: the square that the model sees.
     Training with one: the whole image stretched, since a crop of the stretched square is a crop of the image.
     """
     import albumentations as A
@@ -93,14 +148,14 @@ def image_prefix(cfg: CFG, train: bool, side: int):
 def prefix_side(cfg: CFG, train: bool, paths: Sequence[str | Path]) -> int:
     """Pixels a side of `image_prefix`'s squares of these image files.
 
-    With a random crop 8/7 of the size, but no more than the shorter side of most images: larger squares would hold
-    no more of the picture. The headers of a sample of the files tell.
+    With a random crop 8/7 of the size, but no more than the median shorter side of a sample of the images: larger
+    squares would hold no more detail.
     """
     if not train or cfg.crop_scale == 1:
         return cfg.size
     shorter = []
     for path in paths[:: -(-len(paths) // 100)]:
-        with reading(path), Image.open(path) as file:
+        with reading(path), _open(path) as file:
             shorter.append(min(file.size))
     return max(cfg.size, min(round(cfg.size * 8 / 7), int(np.median(shorter))))
 
@@ -111,7 +166,7 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
-        fix = "Mend it, or leave it out with --on-bad-image skip."
+        fix = "Repair it, or leave it out with --on-bad-image skip."
         raise UserError(f"{path}: {fault_of(path, error)}. {fix}") from error
 
 
@@ -123,10 +178,10 @@ def fault_of(path: str | Path, error: Exception) -> str:
 
 
 def _evaluation_geometry(cfg: CFG) -> list:
-    """What makes the square that evaluation sees.
+    """The transforms that make the square for evaluation.
 
-    Bilinear and bicubic are PIL's, which a pretrained CLIP was fed with: they average where they reduce. OpenCV's
-    of the same name do not, and its area filter is the only one there that does.
+    Bilinear and bicubic are PIL's, as in the preprocessing of pretrained CLIPs: they average when they downscale.
+    OpenCV's filters of these names do not; of its filters only "area" does.
     """
     import albumentations as A
 
@@ -140,7 +195,7 @@ def _evaluation_geometry(cfg: CFG) -> list:
 
 
 def shorter_side(cfg: CFG) -> int:
-    """What the shorter side of an evaluation image is resized to before the center is cropped; 0 without a crop."""
+    """The size of an evaluation image's shorter side before the centre is cropped; 0 without a crop."""
     word, _, pixels = cfg.resize.partition(":")
     return int(pixels or cfg.size) if word == "crop" else 0
 
@@ -148,7 +203,7 @@ def shorter_side(cfg: CFG) -> int:
 def _resize_as_pil(image: np.ndarray, size: int, short: int, interpolation: str, **_: object) -> np.ndarray:
     """RGB uint8 (H, W, 3) -> (size, size, 3), by the arithmetic of transformers' image processors.
 
-    The shorter side becomes `short` pixels and the centre is cut out; 0 stretches the whole image.
+    The shorter side becomes `short` pixels and the centre is cropped; 0 stretches the whole image.
     """
     height, width = image.shape[:2]
     least = min(height, width)

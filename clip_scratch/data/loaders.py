@@ -1,7 +1,7 @@
-"""Image-centred batches: B images, the captions drawn for them, and the ids that say which belong together.
+"""Image-centred batches: B images, captions of each, and the ids that show which belong together.
 
-Which images meet in a batch, which captions they bring and how each is augmented depend on (seed, epoch,
-image) alone, so a run that stops in the middle of an epoch goes on exactly as if it had not.
+The images of a batch, their captions and their augmentation depend on (seed, epoch, image) alone, so a run that stops
+in the middle of an epoch resumes exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augment import augment, augment_on_device, augments, changes, draw
+from .augment import augment, augment_on_device, augments, changes, random_numbers
 from .captions import image_folder, plain_words
 from .image_cache import ImageCache, open_images
 from .images import load_image, reading
@@ -73,7 +73,7 @@ def _is_on_cpu(value: object) -> bool:
 class CaptionedImages(Dataset):
     """The distinct images of a caption table, each with the rows of its captions.
 
-    A batch is asked for as [(epoch, image number), ...], all of one epoch: the same pair always gives the same
+    An item is a batch; its key is [(epoch, image number), ...], all of one epoch. The same pair always gives the same
     pixels and captions, whatever else is in the batch. With a `transform` images are decoded and transformed one by
     one; without, they come as squares from the cache and are augmented together.
     """
@@ -91,7 +91,7 @@ class CaptionedImages(Dataset):
         self.rows = np.concatenate(rows)  # of the captions, image after image
         self.counts = np.array([len(own) for own in rows])  # captions of each image, (N,)
         self.tokens: TokenTable = tokenize(table["caption"].tolist(), tokenizer, cfg.max_length)
-        # captions that read the same, in whatever case and spacing, share an id: they are positives of each other
+        # captions that are equal, case and spacing aside, share an id: they are positives of each other's images
         self.caption_ids = pd.factorize(plain_words(table["caption"]))[0]
         self.per_image = cfg.captions_per_image if train else 0  # 0: all of them
         self.seed = cfg.seed if train else None
@@ -101,14 +101,14 @@ class CaptionedImages(Dataset):
         self.device, self.held = torch.device("cpu"), None
         if isinstance(self.images, ImageCache):
             self._place(torch.device(device))
-        # Cached outputs of a frozen backbone, which take the place of pixels and of token ids in a batch
+        # Cached features of a frozen backbone, which replace pixels and token ids in a batch
         self.image_features: torch.Tensor | None = None  # (views, N, D)
         self.text_features: torch.Tensor | None = None  # (captions, D)
         self._epoch, self._uniform = None, None  # the last epoch, and its random numbers (N, K)
 
     @property
     def decodes(self) -> bool:
-        """Whether images are decoded at every step, which other processes may do."""
+        """Whether images are decoded in every step; worker processes can do that."""
         return self.image_features is None and not isinstance(self.images, ImageCache)
 
     def __len__(self) -> int:
@@ -130,18 +130,26 @@ class CaptionedImages(Dataset):
         return batch
 
     def pixels(self, epoch: int, numbers: Sequence[int]) -> torch.Tensor:
-        """The images as training or evaluation sees them in `epoch`: uint8 (B, 3, S, S), channels last."""
+        """The images for training or evaluation in `epoch`: uint8 (B, 3, S, S), channels last."""
         if self.transform is not None:
             return torch.stack([self._transformed(epoch, number) for number in numbers])
-        if self.device.type != "cpu":
-            return self._pixels_on_device(epoch, numbers).permute(0, 3, 1, 2)
+        return self._from_squares(epoch, numbers, self.device.type != "cpu").permute(0, 3, 1, 2)
+
+    def _from_squares(self, epoch: int, numbers: Sequence[int], on_device: bool) -> torch.Tensor:
+        """Squares, augmented in training, by the CPU or on `.device`: uint8 (B, S, S, 3)."""
         squares, ratios = self.images.read(numbers)
         if self.augmented:
-            todo = changes(self.cfg, self._uniform_of(epoch)[numbers], ratios)
-            pixels = augment(squares, todo, self.cfg.size, self.cfg.interpolation == "bicubic")
+            if epoch != self._epoch:
+                self._epoch, self._uniform = epoch, random_numbers(self.seed, epoch, len(self))
+            todo = changes(self.cfg, self._uniform[numbers], ratios)
+            size, bicubic = self.cfg.size, self.cfg.interpolation == "bicubic"
+            if not on_device:
+                return torch.from_numpy(augment(squares, todo, size, bicubic))
+        if self.held is not None:
+            squares = self.held[torch.tensor(numbers, device=self.device)]
         else:
-            pixels = np.stack(squares)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            squares = torch.from_numpy(np.stack(squares)).to(self.device)
+        return augment_on_device(squares, todo, size, bicubic) if self.augmented else squares
 
     def ids(self, numbers: Sequence[int], captions: np.ndarray, counts: np.ndarray) -> Batch:
         """Which of B images and C captions belong together, `counts` (B,) of them to each image."""
@@ -154,10 +162,10 @@ class CaptionedImages(Dataset):
         }
 
     def captions_of(self, epoch: int, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The caption rows (C,) that B images bring to `epoch`, and how many each brings (B,).
+        """The caption rows (C,) of B images in `epoch`, and how many each image has (B,).
 
-        An image's captions take turns, so that every one is seen, and images begin at different ones: the fifth
-        captions of a data set are often of another kind than the first, and an epoch should have of each.
+        An image's captions take turns over the epochs, and images start at different ones: the fifth captions of a
+        data set often differ in kind from the first, and every epoch should have some of each.
         """
         numbers = np.asarray(numbers)
         own = self.counts[numbers]
@@ -168,7 +176,7 @@ class CaptionedImages(Dataset):
         return self.rows[np.repeat(first, counts) + turn % np.repeat(own, counts)], counts
 
     def _transformed(self, epoch: int, number: int) -> torch.Tensor:
-        """One image through the pipeline that the caller brought: uint8 (3, S, S)."""
+        """One image through the caller's pipeline: uint8 (3, S, S)."""
         if self.seed is not None:
             self.transform.set_random_seed(int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0]))
         path = self.folder / self.names[number]
@@ -176,15 +184,10 @@ class CaptionedImages(Dataset):
             image = load_image(path)
         return self.transform(image=image)["image"]
 
-    def _uniform_of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._uniform = epoch, draw(self.seed, epoch, len(self))
-        return self._uniform
-
     def _place(self, device: torch.device) -> None:
-        """Have batches made on a CUDA device; elsewhere the CPU makes them.
+        """Augment on `device` if it is a CUDA device.
 
-        The whole cache is held there where it takes less than 10 % of what is free: optimiser and activations come
+        The whole cache is copied there if it takes less than 10 % of the free memory: optimizer and activations come
         later.
         """
         if device.type != "cuda":
@@ -192,18 +195,6 @@ class CaptionedImages(Dataset):
         self.device = device
         if self.images.pixels.nbytes < 0.1 * torch.cuda.mem_get_info(device)[0]:
             self.held = torch.tensor(self.images.pixels, device=device)
-
-    def _pixels_on_device(self, epoch: int, numbers: Sequence[int]) -> torch.Tensor:
-        """uint8 (B, S, S, 3), made where the model is."""
-        squares, ratios = self.images.read(numbers)
-        if self.held is None:
-            squares = torch.from_numpy(np.stack(squares)).to(self.device)
-        else:
-            squares = self.held[torch.tensor(numbers, device=self.device)]
-        if not self.augmented:
-            return squares
-        todo = changes(self.cfg, self._uniform_of(epoch)[numbers], ratios)
-        return augment_on_device(squares, todo, self.cfg.size, self.cfg.interpolation == "bicubic")
 
 
 class EpochBatches(Sampler):
@@ -218,7 +209,7 @@ class EpochBatches(Sampler):
         self.epoch, self.skip, self.stop = epoch, skip, stop
 
     def __len__(self) -> int:
-        # A short last batch would be a batch of easier negatives: training leaves it out, evaluation does not.
+        # A short last batch has fewer negatives: training leaves it out, evaluation does not
         return self.n // self.batch_size if self.seed is not None else -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -234,8 +225,8 @@ class EpochBatches(Sampler):
 class Loader(DataLoader):
     """A DataLoader over image-centred batches that can start anywhere: `loader.start(epoch, skip)`.
 
-    Batches are made in this process, where copying out of the cache takes less time than to hand a batch over;
-    `num_workers` processes make them where images are decoded at every step.
+    Batches from the cache are made in this process, as copying them is faster than sending them between processes;
+    `num_workers` processes make them where images are decoded in every step.
     """
 
     def __init__(self, data: CaptionedImages, batch_size: int, num_workers: int):
@@ -247,7 +238,7 @@ class Loader(DataLoader):
             collate_fn=_as_it_is,
             num_workers=num_workers if data.decodes else 0,
             worker_init_fn=_ignore_ctrl_c,
-            generator=torch.Generator(),  # else each start draws from the global one, and a resume would differ
+            generator=torch.Generator(),  # each start would draw from the global one, and a resumed run would differ
             pin_memory=torch.cuda.is_available() and data.device.type == "cpu",
         )
 
@@ -262,7 +253,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _ignore_ctrl_c(_: int) -> None:
-    """Ctrl-C is the training process's to handle; a worker that dies of it would hide the clean stop."""
+    """The training process handles Ctrl-C; a worker that is killed by it would raise an error there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -275,9 +266,9 @@ def build_loaders(
     "train": shuffled, augmented, `captions_per_image` captions each, no short last batch.
     "valid": in order, not augmented, every caption.
 
-    A `transform`, any albumentations pipeline from an RGB array (H, W, 3) to a uint8 tensor (3, S, S), takes the
-    place of cache and batched augmentation: slower, and free to do what they cannot. Where `device` is a CUDA device,
-    cached images are augmented there; all else of a batch is made on the CPU.
+    A `transform`, any albumentations pipeline from an RGB array (H, W, 3) to a uint8 tensor (3, S, S), replaces the
+    cache and the batched augmentation; it is slower. On a CUDA `device` cached images are augmented there; the rest of
+    a batch is made on the CPU.
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
     data = CaptionedImages(table, tokenizer, mode == "train", cfg, transform, device)

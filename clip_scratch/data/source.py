@@ -9,13 +9,14 @@ from pathlib import Path
 import pandas as pd
 
 from ..config import CFG
-from .captions import check_images, image_folder, read_captions, split_of
+from .captions import check_images, read_table, split_of
 from .image_cache import decoded_before
+from .locate import existing_folder, find_images, locate
 
 
 @dataclass
 class DataSource:
-    """`table` is the caption table; `cfg` are the settings with `image_path` set to the folder that was found."""
+    """`table` is the caption table; in `cfg` image_path is set, so that the folder is not searched again."""
 
     cfg: CFG
     table: pd.DataFrame
@@ -23,7 +24,7 @@ class DataSource:
 
     @property
     def name(self) -> str:
-        """What messages call the data set."""
+        """The data set's name in messages."""
         return self.cfg.captions_path or "the built-in data set"
 
     def split(self, name: str) -> pd.DataFrame:
@@ -32,12 +33,14 @@ class DataSource:
 
 
 def open_data(cfg: CFG) -> DataSource:
-    """Read the captions of `cfg`, find its image folder and check that every image can be decoded.
+    """Read the captions of `cfg`, find the image folder and check that every image can be decoded.
 
     Bad images raise UserError, or are left out where cfg.on_bad_image is "skip".
     """
-    table = read_captions(cfg)
-    folder = image_folder(cfg, table)
+    cfg = cfg() if isinstance(cfg, type) else cfg
+    located = locate(cfg)
+    table = read_table(located, cfg)
+    folder = located.images or (existing_folder(cfg.image_path) if cfg.image_path else find_images(located, table))
     known = decoded_before(folder, cfg) if cfg.image_cache else ()
     table = check_images(table, folder, cfg.on_bad_image, known=known)
     return DataSource(dataclasses.replace(cfg, image_path=str(folder)), table, folder)

@@ -1,4 +1,4 @@
-"""Captions -> token ids: once, packed without padding; padded to the longest of each batch."""
+"""Captions -> token ids: tokenized once and packed without padding; batches are padded to their longest caption."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 TRAINED = "train"  # text_tokenizer="train": a WordPiece vocabulary learned from the training captions
 _VOCABULARY = 8192
-_LETTERS = 1000  # different letters kept; the rarest of a large script are unknown
+_LETTERS = 1000  # largest alphabet; rarer letters are unknown
 
 
 def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """The text encoder's own tokenizer; where a random text tower has none at hand, one trained on `captions`.
+    """The text encoder's own tokenizer; for random weights without the hub, one trained on `captions`.
 
-    Raises UserError where a pretrained tower's tokenizer can be had neither locally nor from the hub.
+    Raises UserError where a pretrained tower's tokenizer is available neither locally nor from the hub.
     """
     from transformers import AutoTokenizer
 
@@ -39,10 +39,11 @@ def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokeniz
     if path is not None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:  # a rare tokenizer needs a library of its own
-            raise UserError(f"text_tokenizer: {path} holds no tokenizer ({str(error).splitlines()[0]})") from error
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers made one up
-            raise UserError(f"text_tokenizer: {path} holds no tokenizer. Set --text-tokenizer to a folder of one")
+        except (OSError, ValueError, ImportError) as error:  # some tokenizers need another library
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"text_tokenizer: {path} holds no tokenizer ({reason})") from error
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers' fallback
+            raise UserError(f"text_tokenizer: {path} holds no tokenizer. Set --text-tokenizer to a folder with one")
         return tokenizer
     random_text = not cfg.pretrained
     try:
@@ -63,8 +64,8 @@ def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerBase:
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # The trainer numbers the letters within a word in the order of a random hash table, and with it breaks ties:
-    # they are given to it in order, so that the same captions give the same vocabulary.
+    # The trainer numbers letters in the order of a random hash table and breaks ties by these numbers. Giving it the
+    # letters in order makes the vocabulary reproducible.
     letters = Counter(c for text in captions for c in wordpiece.normalizer.normalize_str(text) if not c.isspace())
     inner = sorted(f"##{letter}" for letter, _ in letters.most_common(_LETTERS))
     trainer = trainers.WordPieceTrainer(
@@ -85,7 +86,7 @@ class TokenTable:
     ids: np.ndarray  # int32, (all tokens,)
     starts: np.ndarray  # int64, (captions + 1,)
     pad_id: int
-    truncated: int  # captions that were longer than max_length
+    truncated: int  # number of captions longer than max_length
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -95,7 +96,7 @@ class TokenTable:
         return np.diff(self.starts)
 
     def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those captions padded to their longest: input_ids and attention_mask, both int64 (C, L)."""
+        """These captions, padded to the longest: input_ids and attention_mask, both int64 (C, L)."""
         import torch
 
         rows = np.asarray(rows, dtype=np.int64)
@@ -107,11 +108,11 @@ class TokenTable:
 
 
 def tokenize(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenTable:
-    """Tokenise every caption once; longer ones are cut at `max_length` tokens and counted."""
+    """Tokenize every caption; those longer than `max_length` tokens are truncated and counted."""
     limit = min(max_length, tokenizer.model_max_length)
     rows = tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
     long = [i for i, ids in enumerate(rows) if len(ids) > limit]
-    if long:  # the tokenizer knows which special tokens a caption keeps when it is cut
+    if long:  # the tokenizer keeps the special tokens at the end
         cut = tokenizer([captions[i] for i in long], truncation=True, max_length=limit)["input_ids"]
         for i, ids in zip(long, cut, strict=True):
             rows[i] = ids

@@ -1,14 +1,12 @@
-"""Five differently worded English captions of a built-in scene: the words, the templates, and how they combine."""
+"""Five differently worded English captions of a built-in scene."""
 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .write import Scene, Thing
+from .scene import Scene, Thing
 
-# The first word is the plain one, of the canonical caption and of the tables above.
+# The first word is the one in scene.py and in the canonical caption.
 SYNONYMS = {
     "small": ("small", "little", "tiny"), "medium": ("medium", "medium-sized", "mid-sized"), "big": ("big", "large"),
     "solid": ("solid", "plain"), "striped": ("striped", "stripy"), "dotted": ("dotted", "spotted", "polka-dot"),
@@ -19,7 +17,7 @@ SYNONYMS = {
     "pale green": ("pale green", "light green"), "dark": ("dark", "charcoal"), "lined": ("lined", "ruled"),
     "gridded": ("gridded", "squared"), "speckled": ("speckled", "flecked"),
 }  # fmt: skip
-# A relation as said of the first thing, and the same as said of the second.
+# A relation with the first thing as the subject, and with the second.
 FORWARD = {
     "left": ("to the left of", "left of", "on the left side of"), "above": ("above", "over", "higher up than"),
     "inside": ("inside", "within", "in the middle of"), "front": ("in front of", "partly covering", "partly hiding"),
@@ -57,7 +55,7 @@ PLACE_TEMPLATES = (
     "{a} {P}", "{P} there is {a}", "{a} {P} of the picture", "a picture of {a} {P}", "on {bg} there is {a} {P}",
     "{bg} with {a} {P}", "{P} of the picture, {a}", "{a} sits {P}", "we see {a} {P}",
 )  # fmt: skip
-# Words of the templates for three things; base: the pair relation that holds within them.
+# Words of the templates for three things; base: the pair relation between two of them.
 TRIPLE_WORDS = {
     "row": {"base": "left", "way": "from left to right", "back": "from right to left", "first": "on the left",
             "last": "on the right", "line": "row"},
@@ -66,7 +64,7 @@ TRIPLE_WORDS = {
     "under": {"base": "left", "V": "below", "W": "above", "up": "top", "down": "bottom"},
     "over": {"base": "left", "V": "above", "W": "below", "up": "bottom", "down": "top"},
 }  # fmt: skip
-# Pairs of things within three, by position, that stand in a plain pair relation.
+# Pairs of things within three, by position, and their relation.
 WITHIN = {
     "row": ((0, 1, "left"), (1, 2, "left"), (0, 2, "left")),
     "column": ((0, 1, "above"), (1, 2, "above"), (0, 2, "above")),
@@ -83,11 +81,11 @@ PLACE_WORDS = {
 }  # fmt: skip
 
 
-def describe(scene: Scene, rng: random.Random) -> list[str]:
+def describe_scene(scene: Scene, rng: random.Random) -> list[str]:
     """Five differently worded captions, all true of `scene`.
 
-    The first names everything, in a fixed form. The next three name each thing with its colour, and the relation, and
-    may leave out the rest. The last is vaguer still, as people's captions are.
+    The first names everything, in a fixed form. The next three name each thing with its colour, and the relation;
+    the rest is optional. The last is vaguer still, as people's captions are.
     """
     if len(scene.things) == 1:
         canonical, templates = "{a} {P} on {bg}", PLACE_TEMPLATES
@@ -118,9 +116,9 @@ def _fill_in(template: str, scene: Scene, rng: random.Random, style: str) -> str
 def _thing(thing: Thing, scene: Scene, rng: random.Random, style: str) -> str:
     """'a big striped red circle', or less.
 
-    canonical: every attribute, by its plain word; free: colour, shape and often the rest, by any synonym; short:
-    colour and shape; both keep what tells it from another thing of the same colour and shape. colour, shape: that
-    alone.
+    canonical: every attribute, by its first word; free: colour, shape and often the rest, by any synonym; short:
+    colour and shape. Both add what distinguishes it from another thing of the same colour and shape. colour, shape:
+    that attribute alone.
     """
     if style == "canonical":
         return _with_article([thing.size, thing.fill, thing.colour, thing.shape])

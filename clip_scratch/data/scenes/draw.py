@@ -1,38 +1,21 @@
-"""How a built-in scene looks: where its things lie, and the picture."""
+"""The picture of a built-in scene."""
 
 from __future__ import annotations
 
 import functools
 import random
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-if TYPE_CHECKING:
-    from .write import Scene, Thing
+from .scene import COLOURS, PLACES, RADIUS, TONES, Scene, Thing
 
 SIZE = 96  # side of a drawn scene, in pixels
-RADIUS = {"small": 0.09, "medium": 0.14, "big": 0.21}  # of a thing, in sides of the picture
-COLOURS = {
-    "red": (216, 40, 40), "orange": (245, 132, 28), "yellow": (250, 208, 40), "green": (40, 156, 60),
-    "turquoise": (26, 190, 190), "blue": (40, 88, 220), "purple": (132, 60, 186), "pink": (246, 122, 182),
-    "brown": (130, 80, 42), "black": (26, 26, 30),
-}  # fmt: skip
-TONES = {
-    "white": (250, 250, 250), "gray": (188, 190, 196), "beige": (240, 226, 196), "pale blue": (204, 224, 246),
-    "pale green": (208, 236, 206), "dark": (58, 60, 68),
-}  # fmt: skip
-PLACES = {  # of a single thing: its centre, in sides of the picture
-    "top left": (0.26, 0.26), "top": (0.5, 0.26), "top right": (0.74, 0.26),
-    "left side": (0.26, 0.5), "center": (0.5, 0.5), "right side": (0.74, 0.5),
-    "bottom left": (0.26, 0.74), "bottom": (0.5, 0.74), "bottom right": (0.74, 0.74),
-}  # fmt: skip
 
 
-def draw(scene: Scene, size: int = SIZE) -> np.ndarray:
-    """The picture of `scene`, uint8 (size, size, 3), RGB: always the same one for the same scene."""
-    rng = random.Random(repr(scene))  # free choices (exact places, tilt, shade) follow from the scene alone
+def draw_scene(scene: Scene, size: int = SIZE) -> np.ndarray:
+    """The picture of `scene`, uint8 RGB (size, size, 3): the same scene always gives the same picture."""
+    rng = random.Random(repr(scene))  # exact places, tilt and shade depend on the scene alone
     side = 4 * size  # drawn larger, then averaged down: smooth edges
     canvas = _background(scene, side, rng)
     positions = layout(scene, rng)
@@ -42,7 +25,7 @@ def draw(scene: Scene, size: int = SIZE) -> np.ndarray:
 
 
 def layout(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
-    """The centre (x, y) of each thing, in sides of the picture, as the relation says it, with some play."""
+    """The centre (x, y) of each thing, in sides of the picture: where its relation puts it, with some play."""
     r = [RADIUS[thing.size] for thing in scene.things]
     relation, play = scene.relation, rng.uniform
     if relation in PLACES:
@@ -63,7 +46,7 @@ def layout(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
     # front: the nearer thing sits on the edge of the farther one, wherever that edge is in this direction
     angle = play(0, 2 * np.pi)
     way = np.array([np.cos(angle), np.sin(angle)])
-    outline = SHAPES[scene.things[1].shape].astype(np.float32)
+    outline = _OUTLINES[scene.things[1].shape].astype(np.float32)
     edge = max(t for t in np.linspace(0, 1.2, 61) if cv2.pointPolygonTest(outline, tuple(t * way), False) >= 0)
     offset = way * (edge * r[1] + 0.1 * r[0])
     return [tuple(0.5 + 0.6 * offset), tuple(0.5 - 0.4 * offset)]
@@ -110,7 +93,7 @@ def _outlines() -> dict[str, np.ndarray]:
     }
 
 
-SHAPES = _outlines()
+_OUTLINES = _outlines()
 
 
 def _background(scene: Scene, side: int, rng: random.Random) -> np.ndarray:
@@ -145,7 +128,7 @@ def _draw_thing(canvas: np.ndarray, thing: Thing, x: float, y: float, rng: rando
     side = len(canvas)
     tilt = np.radians(rng.uniform(-7, 7))
     turn = np.array([(np.cos(tilt), np.sin(tilt)), (-np.sin(tilt), np.cos(tilt))])
-    polygon = np.rint(SHAPES[thing.shape] @ turn * RADIUS[thing.size] * side + (x, y)).astype(np.int32)
+    polygon = np.rint(_OUTLINES[thing.shape] @ turn * RADIUS[thing.size] * side + (x, y)).astype(np.int32)
     colour = np.clip(np.array(COLOURS[thing.colour]) + rng.uniform(-10, 10), 0, 255)
     if thing.fill == "outlined":
         cv2.polylines(canvas, [polygon], True, colour.tolist(), max(side // 26, 1))

@@ -1,0 +1,179 @@
+"""Where a data set is: its captions files and its image folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pandas as pd
+
+from ..errors import UserError, suggest
+from .readers import Columns
+
+if TYPE_CHECKING:
+    from ..config import CFG
+
+SPLITS = ("train", "valid", "test")
+SPLIT_OF_NAME = {
+    "train": "train", "training": "train", "restval": "train",
+    "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+# Names of captions files of published data sets; the first one found in a folder is used.
+PUBLISHED = (
+    "dataset_*.json", "Flickr8k.token.txt", "results_20130124.token", "captions.txt", "captions.csv", "results.csv",
+)  # fmt: skip
+CAPTIONS_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson"}
+# Names of image folders, of published data sets among them; the first one is preferred.
+IMAGE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images")
+
+
+class Located(NamedTuple):
+    """Where a data set is. The key of a single file, whose splits are inside it, beside it or nowhere, is ""."""
+
+    files: dict[str, Path]  # captions files by split
+    form: str  # captions_format
+    columns: Columns
+    images: Path | None  # image folder, where the data set fixes it
+
+    @property
+    def first(self) -> Path:
+        return next(iter(self.files.values()))
+
+
+def locate(cfg: CFG) -> Located:
+    """Find the data set of `cfg`: draws the built-in scenes, and writes a Hugging Face data set out, if necessary."""
+    if not cfg.captions_path:
+        from .scenes.write import ensure_scenes
+
+        captions, images = ensure_scenes(cfg)
+        return Located({"": captions}, "table", Columns(), images)
+    path = _checked(cfg.captions_path)
+    if cfg.captions_format == "huggingface" or (cfg.captions_format == "auto" and _is_huggingface(path)):
+        from .huggingface import export
+
+        captions = export(path if path.exists() else cfg.captions_path, cfg)
+        return Located({"": captions}, "json", Columns(), captions.parent)
+    files = _captions_files(path)
+    others = {"valid": cfg.valid_captions_path, "test": cfg.test_captions_path}
+    others = {split: _captions_file(_checked(other)) for split, other in others.items() if other}
+    if others and "" in files:
+        files = {"train": files[""]}
+    columns = Columns(cfg.image_column, cfg.caption_column, cfg.label_column)
+    return Located(files | others, cfg.captions_format, columns, None)
+
+
+def find_images(located: Located, table: pd.DataFrame) -> Path:
+    """The image folder of a data set that does not fix it: the captions file's folder or one beside it; it is printed.
+
+    The folder with the most of the images is taken; of equals the captions file's own, then those with usual names.
+    Hidden folders are not searched.
+    """
+    names = table["image"].drop_duplicates()
+    sample = names.iloc[:: max(1, len(names) // 20)]
+    here = located.first.parent
+    beside = {entry.name: entry for entry in _entries(here) if not entry.name.startswith(".") and entry.is_dir()}
+    usual = [beside.pop(name) for name in IMAGE_FOLDERS if name in beside]
+    above = [here.parent / name for name in IMAGE_FOLDERS]
+    folders = [here, *usual, *beside.values(), *above]
+    folder = max(folders, key=lambda folder: sum(os.path.isfile(folder / name) for name in sample))
+    _announce(folder)
+    return folder
+
+
+@functools.cache  # once, though each loader asks
+def _announce(folder: Path) -> None:
+    print(f"images: {folder} (--image-path sets another folder)", file=sys.stderr)
+
+
+def existing_folder(image_path: str) -> Path:
+    """The folder of the setting image_path. Raises UserError where there is none."""
+    folder = Path(os.path.expanduser(image_path))
+    if not os.path.isdir(folder):
+        raise UserError(f"no image folder {folder}.{_near(folder)} Set --image-path to the folder of the images.")
+    return folder
+
+
+def _checked(name: str) -> Path:
+    """A captions path, which may be missing. Raises UserError for one that the system refuses to look for."""
+    path = Path(os.path.expanduser(name))
+    try:
+        path.exists()
+    except OSError as error:  # a closed folder above it, or too long a name
+        raise UserError(f"cannot read {path}: {error.strerror}. Set --captions-path.") from error
+    return path
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted. Raises UserError for one that cannot be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}.") from error
+
+
+def _is_huggingface(path: Path) -> bool:
+    """Whether a path is a Hugging Face data set: a folder or file of that kind, or a name on the hub."""
+    if path.is_dir():
+        signs = ["dataset_dict.json", "state.json", "*.parquet", "data/*.parquet"]
+        signs += ["metadata.csv", "metadata.jsonl", "*/metadata.csv", "*/metadata.jsonl"]  # an imagefolder
+        return any(next(path.glob(sign), None) for sign in signs)
+    if path.exists() or path.suffix == ".parquet":
+        return path.suffix == ".parquet"
+    # `owner/name`, unless its folder exists
+    on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.suffix not in {*CAPTIONS_SUFFIXES, ".txt", ".token"}
+    return bool(on_hub) and not path.parent.exists()
+
+
+def _captions_files(path: Path) -> dict[str, Path]:
+    """The captions file of `path` with the key "", or those of a folder with one per split, such as val.csv."""
+    if path.is_dir():
+        found = _captions_files_in(path)
+        splits = {_split_in_name(file): file for file in found}
+        if len(found) > 1 and len(splits) == len(found) and None not in splits:
+            return {split: splits[split] for split in SPLITS if split in splits}
+    return {"": _captions_file(path)}
+
+
+def _split_in_name(file: Path) -> str | None:
+    """The split in the file's name, as in val_data.json; None for none or two."""
+    words = re.split(r"[\W_]+", file.stem.lower())
+    splits = {SPLIT_OF_NAME[word] for word in words if word in SPLIT_OF_NAME}
+    return splits.pop() if len(splits) == 1 else None
+
+
+def _captions_files_in(folder: Path) -> list[Path]:
+    """The possible captions files of a folder: those with a published name, or else with a usual suffix."""
+    for pattern in PUBLISHED:
+        if found := sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}")):
+            return found
+    return [file for file in _entries(folder) if file.suffix.lower() in CAPTIONS_SUFFIXES]
+
+
+def _captions_file(path: Path) -> Path:
+    """`path` itself, or the captions file in it where it is a folder. Raises UserError where there is none."""
+    if not path.exists():
+        raise UserError(f"no captions file {path}.{_near(path)} Set --captions-path.")
+    if path.is_file():
+        return path
+    found = _captions_files_in(path)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(str(file.relative_to(path)) for file in found[:5])
+        raise UserError(
+            f"{path} has several captions files ({names}). Set --captions-path to one of them, "
+            "or keep one per split, with names such as train.csv and val.csv."
+        )
+    raise UserError(f"{path} has no captions file (looked for {', '.join(PUBLISHED)}). Set --captions-path to it.")
+
+
+def _near(path: Path) -> str:
+    """A suggestion for a path that does not exist."""
+    if not os.path.isdir(path.parent):
+        return f" There is no folder {path.parent} either."
+    return suggest(path.name, (entry.name for entry in _entries(path.parent)))
