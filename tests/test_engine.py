@@ -432,13 +432,12 @@ def test_a_plain_data_loader_and_a_loss_of_one_s_own(setup):
 
 def test_a_gpu_s_losses_are_read_together(setup, monkeypatch):
     """Reading a loss waits for the GPU: every 16 steps are enough. Here the CPU plays the GPU, with 3 steps."""
-    monkeypatch.setattr("clip_scratch.training.engine._READ_EVERY", 3)
-    monkeypatch.setattr("clip_scratch.training.engine._reads_at_once", lambda device: False)
+    monkeypatch.setattr("clip_scratch.training.engine._READ_EVERY", {"cpu": 3})
     model, loader, _, cfg = setup(batch_size=4)
     steps = []
     stats = train_epoch(model, loader, build_optimizer(model, cfg), cfg, on_step=steps.append)
     assert [(step.steps, step.images) for step in steps] == [(3, 12), (2, 8)] and stats.steps == 5
-    with pytest.raises(UserError, match="the loss is nan at batch 1 of this pass"):
+    with pytest.raises(UserError, match="the loss is nan within 3 batches up to batch 3 of this pass"):
         train_epoch(
             model, loader, build_optimizer(model, cfg), cfg, loss=lambda images, *_: images.sum() * float("nan")
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -23,7 +23,8 @@ from .losses import LOSSES
 # caption_ids (C,)) -> a scalar
 Loss = Callable[..., torch.Tensor]
 
-_READ_EVERY = 16  # optimizer steps on a GPU between two reads of the losses, each of which waits for the GPU
+# Optimizer steps between two reads of the losses, by device; on a GPU a read waits for it
+_READ_EVERY, _READ_EVERY_ON_GPU = {"cpu": 1}, 16
 
 
 @dataclass
@@ -48,7 +49,7 @@ class EpochStats:
         """Captions seen with their image, per second."""
         return self.captions / max(self.seconds, 1e-9)
 
-    def add(self, other: EpochStats) -> None:
+    def count(self, other: EpochStats) -> None:
         """Count the steps of `other` too."""
         for name in ("steps", "batches", "images", "captions", "loss_sum", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -78,27 +79,26 @@ def train_epoch(
     model.train()
     loss = loss or loss_function(model, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
-    read_every = 1 if _reads_at_once(model.device) else _READ_EVERY
-    total, unread, began = EpochStats(), _Unread(scaler is not None), time.perf_counter()
+    read_every = _READ_EVERY.get(model.device.type, _READ_EVERY_ON_GPU)
+    total, unread, began = EpochStats(), _Unread(), time.perf_counter()
     for batches in _groups(on_device(loader, model.device), cfg.accumulation):
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             unread.add(batch, *backward(model, batch, loss, scaler, share=1 / len(batches)))
-        unread.norms.append(_clip_gradients(params, optimizer, scaler, cfg.grad_clip))
-        steps = unread.read(total.batches) if len(unread.norms) == read_every else None
+        norm = _clip_gradients(params, optimizer, scaler, cfg.grad_clip)
+        unread.add_step(None if scaler else norm)  # a scaler skips the step of a gradient that is not finite
+        is_read = unread.steps == read_every
+        if is_read:
+            unread.check(total.batches)
         _step(optimizer, scaler, step_scheduler)
         if average is not None:
             average.update_parameters(model)
-        if steps is not None:
-            unread, began = _Unread(scaler is not None), _report(steps, total, on_step, began)
-    if unread.norms:
-        _report(unread.read(total.batches), total, on_step, began)
+        if is_read:
+            unread, began = _Unread(), _report(unread, total, on_step, began)
+    if unread.steps:
+        unread.check(total.batches)
+        _report(unread, total, on_step, began)
     return total
-
-
-def _reads_at_once(device: torch.device) -> bool:
-    """Whether a loss can be read without waiting for the device."""
-    return device.type == "cpu"
 
 
 def loss_function(model: nn.Module, cfg: CFG) -> Loss:
@@ -161,46 +161,41 @@ def _step(optimizer, scaler, step_scheduler) -> None:
 def _report(steps: EpochStats, total: EpochStats, on_step: Callable[[EpochStats], object], began: float) -> float:
     """Take the time of the steps, count them, show them to `on_step`, and return the time now."""
     steps.seconds = time.perf_counter() - began
-    total.add(steps)
+    total.count(steps)
     on_step(steps)
     return time.perf_counter()
 
 
-@dataclass
-class _Unread:
-    """Losses and gradient norms that are still on the device."""
+class _Unread(EpochStats):
+    """The statistics of some steps, whose losses and gradient norms are still on the device."""
 
-    is_scaled: bool  # a gradient scaler skips the step of a gradient that is not finite
-    losses: list[torch.Tensor] = field(default_factory=list)
-    norms: list[torch.Tensor] = field(default_factory=list)
-    names: list[list[str]] = field(default_factory=list)
-    stats: EpochStats = field(default_factory=EpochStats)
-    spread: torch.Tensor | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[torch.Tensor] = []
+        self.norms: list[torch.Tensor] = []
+        self.names: list[str] = []  # of the images of the last batch
 
     def add(self, batch: Batch, loss: torch.Tensor, spread: torch.Tensor) -> None:
         self.losses.append(loss)
-        self.names.append(batch.get("names", []))
-        self.stats.batches += 1
-        self.stats.images += len(batch["image_ids"])
-        self.stats.captions += len(batch["caption_image_ids"])
-        self.spread = spread
+        self.batches += 1
+        self.images += len(batch["image_ids"])
+        self.captions += len(batch["caption_image_ids"])
+        self.names, self.spread = batch.get("names", []), spread
 
-    def read(self, batches_before: int) -> EpochStats:
-        """The statistics of these steps, in one read. Raises UserError at a number that is not finite."""
-        losses = torch.stack(self.losses).tolist()
-        norms = [] if self.is_scaled else torch.stack(self.norms).tolist()
-        for what, values in (("loss", losses), ("gradient norm", norms)):
-            for i, value in enumerate(values):
-                if not math.isfinite(value):
-                    batch = i if what == "loss" else min(len(losses), (i + 1) * -(-len(losses) // len(norms))) - 1
-                    raise _not_finite(what, value, batches_before + batch + 1, self.names[batch])
-        self.stats.steps, self.stats.loss_sum, self.stats.spread = len(self.norms), sum(losses), self.spread.item()
-        return self.stats
+    def add_step(self, norm: torch.Tensor | None) -> None:
+        self.steps += 1
+        self.norms += [] if norm is None else [norm]
 
-
-def _not_finite(what: str, value: float, number: int, names: list[str]) -> UserError:
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return UserError(f"the {what} is {value} at batch {number} of this pass; its images: {shown}")
+    def check(self, batches_before: int) -> None:
+        """Read all numbers from the device. Raises UserError where one is not finite."""
+        values = torch.stack([*self.losses, *self.norms, self.spread]).tolist()
+        self.loss_sum, self.spread = sum(values[: self.batches]), values[-1]
+        for what, numbers in (("loss", values[: self.batches]), ("gradient norm", values[self.batches : -1])):
+            if bad := [value for value in numbers if not math.isfinite(value)]:
+                shown = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+                place = f"within {self.batches} batches up to" if self.batches > 1 else "at"
+                number = batches_before + self.batches
+                raise UserError(f"the {what} is {bad[0]} {place} batch {number} of this pass; its images: {shown}")
 
 
 def valid_epoch(model: nn.Module, loader: Iterable[Batch], cfg: CFG | None = None) -> dict[str, float]:

@@ -226,9 +226,9 @@ def load_tree(path: Path) -> dict:
                     return [unpack(item) for item in value]
                 if not isinstance(value, dict):
                     return value
-                return file.get_tensor(value["tensor"]) if "tensor" in value else {
-                    key: unpack(item) for key, item in value["dict"]
-                }  # fmt: skip
+                if "tensor" in value:  # a copy: Windows cannot replace a file that a tensor maps
+                    return file.get_tensor(value["tensor"]).clone()
+                return {key: unpack(item) for key, item in value["dict"]}
 
             return unpack(json.loads(file.metadata()["tree"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

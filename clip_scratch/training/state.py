@@ -33,7 +33,7 @@ class Progress:
 
     def add(self, steps: EpochStats) -> None:
         """Count optimizer steps."""
-        self.stats.add(steps)
+        self.stats.count(steps)
         self.batch += steps.batches
         self.step += steps.steps
 
