@@ -1,4 +1,4 @@
-"""The cache of decoded images: the bytes of the files, whoever builds it, and however often the build is interrupted."""
+"""The cache of decoded images: the bytes of the files, whoever builds it, and however often a build is interrupted."""
 
 import dataclasses
 import errno
