@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
-FLICKR8K_COUNTS = (8091, 40460)  # images and captions as published; 8,000 of the images are in a split
 TIMEOUT = 8  # seconds without a byte from the server
 CACHES = ("images-*", "features-*.bin", "precision-*.json", ".*.tmp")  # in the cache folder
 
@@ -69,9 +68,9 @@ def flickr8k(out: str = "data/flickr8k", url: str = FLICKR8K_URL) -> None:
             texts.rmdir()
         if not (folder / "Images").is_dir():
             unzip(_fetched(url, folder / "Flickr8k_Dataset.zip"), folder / "Images", ".jpg")
-        _check_flickr8k(folder)
     except OSError as error:
         raise UserError(f"cannot prepare {folder}: {error}") from error
+    check(str(folder), str(folder / "Images"))
     if zips := [str(path) for path in folder.glob("*.zip")]:
         print(f"No longer needed:  {' '.join(zips)}")
     print("Train on it:  python -m clip_scratch.train flickr8k")
@@ -272,23 +271,6 @@ def unzip(archive: Path, folder: Path, suffix: str) -> Path:
         return folder
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive} is damaged ({error}): remove it and run this again") from error
-
-
-def _check_flickr8k(folder: Path) -> None:
-    images = {path.name for path in (folder / "Images").iterdir()}
-    captions = (folder / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines()
-    for split in ("train", "dev", "test"):
-        listing = folder / f"Flickr_8k.{split}Images.txt"
-        if not listing.is_file():
-            raise UserError(f"{listing} is missing: remove {folder / 'Flickr8k.token.txt'} and run this again")
-        if missing := [name for name in listing.read_text(encoding="utf-8").split() if name not in images]:
-            raise UserError(
-                f"{len(missing):,} images of {listing} are not in {folder / 'Images'}, {missing[0]} first: "
-                f"remove {folder / 'Images'} and run this again"
-            )
-    print(f"{len(images):,} images and {len(captions):,} captions in {folder}")
-    if (len(images), len(captions)) != FLICKR8K_COUNTS:
-        print("note: Flickr8k as published has {:,} images and {:,} captions".format(*FLICKR8K_COUNTS))
 
 
 if __name__ == "__main__":

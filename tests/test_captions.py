@@ -456,6 +456,24 @@ def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
     refused(message, captions_path=path)
 
 
+FIELDS = ["image", "caption", "split", "label", "images", "sentences", "raw", "filepath"]
+LEAVES = (
+    st.none() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["train", "a.jpg", "a\0b", "~"])
+)
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(JSON, min_size=1, max_size=3))
+def test_any_json_is_a_table_or_one_clear_line(tmp_path, values):
+    for content in (json.dumps(values), "\n".join(map(json.dumps, values))):
+        try:
+            table = open_data(CFG(captions_path=write(tmp_path / "x.json", content), valid_fraction=0)).table
+            assert (table["caption"] != "").all()
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
 def test_a_missing_column_suggests_one(tmp_path):
     message = refused(
         "no column 'captions'. Did you mean caption?", captions_path=caption_file(tmp_path), caption_column="captions"

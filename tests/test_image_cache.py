@@ -1,4 +1,4 @@
-"""The cache of decoded images: the bytes of the files, whoever builds it and however often that is interrupted."""
+"""The cache of decoded images: the bytes of the files, whoever builds it, and however often a build is interrupted."""
 
 import dataclasses
 import errno
@@ -95,7 +95,7 @@ def test_another_file_or_setting_is_another_cache(folder, cfg):
     assert len(caches(cfg)) == len(before) + 3
 
 
-def test_a_build_that_is_killed_goes_on_where_it_was(folder, cfg, monkeypatch):
+def test_a_build_that_is_killed_is_resumed(folder, cfg, monkeypatch):
     monkeypatch.setattr(image_cache, "_CHUNK", 4)
 
     def killed():
@@ -119,7 +119,7 @@ def test_a_build_that_is_killed_goes_on_where_it_was(folder, cfg, monkeypatch):
     assert sorted(set(decoded[: 26 - len(known)])) == list(range(len(known), 26))
 
 
-def test_what_is_half_written_is_written_again(folder, cfg):
+def test_a_damaged_cache_is_rebuilt(folder, cfg):
     open_images(NAMES, folder, cfg, True)
     cache = image_cache.cache_folder(cfg) / caches(cfg).pop()
     for damage in (lambda: os.truncate(cache / "pixels", 100), lambda: (cache / "done").unlink(),

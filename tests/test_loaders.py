@@ -1,4 +1,4 @@
-"""Image-centred batches: what belongs together stays together, and any batch can be had again."""
+"""Image-centred batches: what belongs together stays together, and any batch is reproducible."""
 
 import dataclasses
 import pickle
@@ -141,7 +141,7 @@ def test_without_augmentation_training_sees_the_pixels_of_evaluation(make):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_any_albumentations_pipeline_may_take_its_place(tiny_data, tiny_tokenizer, tiny_cfg, workers):
+def test_any_albumentations_pipeline_can_replace_it(tiny_data, tiny_tokenizer, tiny_cfg, workers):
     cfg = dataclasses.replace(tiny_cfg, num_workers=workers)
     transform = image_transform(cfg, train=True)
     loader = build_loaders(tiny_data.table, tiny_tokenizer, "train", cfg, transform)
@@ -209,7 +209,7 @@ def test_a_batch_larger_than_the_set_is_the_set(make):
 
 
 @pytest.mark.parametrize("per_image", [1, 2, 3])
-def test_every_caption_is_seen_as_soon_as_can_be(make, tiny_data, per_image):
+def test_every_caption_is_seen_as_soon_as_possible(make, tiny_data, per_image):
     loader = make(batch_size=26, captions_per_image=per_image)
     seen = set()
     for epoch in range(-(-5 // per_image)):  # no image has more than five
@@ -253,7 +253,7 @@ def test_the_same_settings_give_the_same_epoch(make):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_goes_on_where_it_stopped(make, workers):
+def test_an_epoch_is_resumed_where_it_stopped(make, workers):
     whole = list(make(captions_per_image=2).start(epoch=3))
     for skip in range(len(whole) + 1):
         if workers and skip != 1:
@@ -276,7 +276,7 @@ def test_workers_make_no_difference(make):
 
 @pytest.mark.parametrize("mode", ["train", "valid"])
 def test_loading_draws_from_no_global_generator(make, mode):
-    """Else a resumed run, which starts its loader once more, would go on with another dropout."""
+    """A resumed run starts its loader once more, and would continue with another dropout."""
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(make(mode))
     assert torch.equal(before, torch.get_rng_state())
@@ -301,7 +301,7 @@ def test_batches_alone():
     assert list(EpochBatches(5, 2, None)) == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4)]]
 
 
-def test_the_settings_class_will_do(tiny_data, tiny_tokenizer, tiny_cfg):
+def test_the_settings_class_works_as_settings(tiny_data, tiny_tokenizer, tiny_cfg):
     cls = type("Tiny", (type(tiny_cfg),), dataclasses.asdict(tiny_cfg))
     loader = build_loaders(tiny_data.table, tiny_tokenizer, "valid", cls)
     assert len(list(loader)) == 4

@@ -98,9 +98,10 @@ class CaptionedImages(Dataset):
         self.cfg, self.transform = cfg, transform
         self.augmented = train and (transform is not None or augments(cfg))
         self.images = open_images(self.names, self.folder, cfg, train) if transform is None else None
-        self.device, self.held = torch.device("cpu"), None
-        if isinstance(self.images, ImageCache):
-            self._place(torch.device(device))
+        on_cuda = isinstance(self.images, ImageCache) and torch.device(device).type == "cuda"
+        self.device, self.held = torch.device(device if on_cuda else "cpu"), None  # where images are augmented
+        if on_cuda and self.images.pixels.nbytes < 0.1 * torch.cuda.mem_get_info(self.device)[0]:
+            self.held = torch.tensor(self.images.pixels, device=self.device)  # leaves room for the training step
         # Cached features of a frozen backbone, which replace pixels and token ids in a batch
         self.image_features: torch.Tensor | None = None  # (views, N, D)
         self.text_features: torch.Tensor | None = None  # (captions, D)
@@ -183,18 +184,6 @@ class CaptionedImages(Dataset):
         with reading(path):
             image = load_image(path)
         return self.transform(image=image)["image"]
-
-    def _place(self, device: torch.device) -> None:
-        """Augment on `device` if it is a CUDA device.
-
-        The whole cache is copied there if it takes less than 10 % of the free memory: optimizer and activations come
-        later.
-        """
-        if device.type != "cuda":
-            return
-        self.device = device
-        if self.images.pixels.nbytes < 0.1 * torch.cuda.mem_get_info(device)[0]:
-            self.held = torch.tensor(self.images.pixels, device=device)
 
 
 class EpochBatches(Sampler):

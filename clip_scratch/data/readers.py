@@ -286,7 +286,7 @@ def _tabulate(records: Records, path: Path, columns: Columns) -> pd.DataFrame:
         name = _image_name(fields.get(image))
         given = [text for column in captions for text in _captions(fields.get(column))]
         for text in given or [""]:  # counted with the empty captions
-            rows.append((name, text, path.name, row, fields.get(split), fields.get(label)))
+            rows.append((name, text, path.name, row, _text(fields.get(split)), _text(fields.get(label))))
     table = pd.DataFrame(rows, columns=["image", "caption", "file", "row", "split", "label"])
     return table.drop(columns=[name for name, found in (("split", split), ("label", label)) if not found])
 
