@@ -45,7 +45,7 @@ def main(arguments: Arguments) -> Path:
     with tempfile.TemporaryDirectory(prefix="clip-scratch-benchmarks-") as work:
         captions, data = arguments.captions_path, f"data: {Path(arguments.captions_path).name}"
         if not captions:
-            from clip_scratch.data.scenes import write_scenes
+            from clip_scratch.data.scenes.write import write_scenes
 
             n = 60 if arguments.quick else 1500
             print(f"drawing {n:,} scenes", flush=True)
