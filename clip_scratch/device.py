@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -33,9 +34,16 @@ def pick_device(cfg: CFG) -> torch.device:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the processor has bf16 arithmetic; one without it emulates bf16, many times slower than fp32."""
+    """Whether the processor has bf16 arithmetic; one without it emulates bf16, many times slower than fp32.
+
+    The environment variable CLIP_SCRATCH_BF16 (0 or 1) overrides what is detected, to reproduce on one machine what
+    another computes.
+    """
     import torch
 
+    override = os.environ.get("CLIP_SCRATCH_BF16")
+    if override in ("0", "1"):
+        return override == "1"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

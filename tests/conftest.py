@@ -14,6 +14,8 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
@@ -38,6 +40,13 @@ CAPTIONS = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` stands for: the cores that this process may use, 8 at most (a worker takes about 1 GB)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, 8)
+
+
 def pytest_collection_modifyitems(items):
     if not FLICKR8K.is_dir():
         for item in items:
@@ -46,7 +55,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
+def _threads():
     import torch
 
     torch.set_num_threads(min(2, int(os.environ["OMP_NUM_THREADS"])))
@@ -58,13 +67,20 @@ def flickr8k():
     return FLICKR8K
 
 
+@pytest.fixture(params=[True, False], ids=["bf16", "no_bf16"])
+def bf16(request, monkeypatch):
+    """Whether the processor counts as one with bf16 arithmetic: the test runs with both answers on every machine."""
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", str(int(request.param)))
+    return request.param
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """No pictures: they take most of the time of so small a run."""
     import clip_scratch.training.report as report
 
-    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
-    monkeypatch.setattr(report, "report_run", lambda *_: None)
+    monkeypatch.setattr(report.Report, "picture", lambda *_, **__: None)
+    monkeypatch.setattr(report.Report, "end", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +150,7 @@ def tiny_tokenizer(_trained_tokenizer):
 @pytest.fixture(scope="session")
 def scene_run(tmp_path_factory):
     """A finished run on 240 built-in scenes: `.folder` of the run, and `.cwd`, where its data lie."""
-    from clip_scratch.config import PRESETS
+    from clip_scratch.presets import PRESETS
     from clip_scratch.train import main
 
     cwd = tmp_path_factory.mktemp("scenes")
@@ -244,7 +260,7 @@ def hf_clip(tmp_path_factory, tiny_data, _trained_tokenizer):
 @pytest.fixture
 def hf_cfg(tiny_data, hf_clip):
     """Settings that fine-tune one of the tiny CLIPs on `tiny_data` in a second or two: 5 batches an epoch."""
-    from clip_scratch.config import HFClip
+    from clip_scratch.presets import HFClip
 
     def make(kind="clip", **settings):
         rates = {"head_lr": 1e-3, "image_encoder_lr": 1e-3, "text_encoder_lr": 1e-3}
