@@ -485,7 +485,8 @@ def test_the_command_end_to_end(hf_clip, tmp_path, monkeypatch, capsys):
     The architecture is openai/clip-vit-base-patch32's, but smaller; the epoch-0 figures are computed again, by
     plain transformers.
     """
-    import clip_scratch.compare as compare_verb
+    from clip_scratch.compare import Arguments as CompareArguments
+    from clip_scratch.compare import main as compare
 
     words = ["hf_clip", "--model-name", hf_clip(), "--n-scenes", "60", "--epochs", "1", "--batch-size", "16"]
     words += ["--run-dir", "run", "--device", "cpu", "--precision", "fp32", "--warmup-steps", "1"]
@@ -524,7 +525,7 @@ def test_the_command_end_to_end(hf_clip, tmp_path, monkeypatch, capsys):
     assert found[0][0] in capsys.readouterr().out
     evaluate_verb.main(evaluate_verb.Arguments("run", device="cpu", json="figures.json"))
     assert "R@1" in capsys.readouterr().out and json.loads(Path("figures.json").read_text())["rsum"] == best["rsum"]
-    compare_verb.main(compare_verb.Arguments(("run",), device="cpu"))
+    compare(CompareArguments(("run",), device="cpu"))
     assert "zero-shot clip" in capsys.readouterr().out
 
 
