@@ -261,7 +261,7 @@ class OurLoader:
         for batch in self.loader:
             images += len(batch["image_ids"])
             if normalise:
-                self.model.normalise(batch["pixel_values"])
+                self.model.normalize_pixels(batch["pixel_values"])
         return images, time.perf_counter() - began
 
     def round(self) -> Figures:

@@ -120,7 +120,7 @@ class _InChunks(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model.text_features(input_ids, attention_mask)  # (C, L) -> (C, P)
+        return self.model.forward_text(input_ids, attention_mask)  # (C, L) -> (C, P)
 
 
 class Peak(_Variants):

@@ -1,15 +1,18 @@
-"""Where weights and tokenizers come from: a local path, an installed package, or a hub that answers quickly.
+"""Names -> local files, installed packages, functions of the user's own, or models on a hub.
 
-Without a network the hub libraries retry silently for a minute. Here one short request decides, and the
-user is told how to go on without the hub.
+Without a network the hub libraries retry silently for a minute. Here one short request decides whether the hub is
+asked at all, and the error says how to continue without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import UserError
@@ -17,7 +20,7 @@ from .errors import UserError
 PACKAGE = "package:"
 # Published BERT sizes (Turc et al. 2019, https://arxiv.org/abs/1908.08962): layers, hidden size
 SMALL_BERTS = {"bert-tiny": (2, 128), "bert-mini": (4, 256), "bert-small": (4, 512), "bert-medium": (8, 512)}
-_TIMEOUT = 5.0  # seconds that the hub has to answer at all
+_TIMEOUT = 5.0  # seconds that the hub has to answer
 
 
 def local_path(name: str, setting: str) -> Path | None:
@@ -32,21 +35,56 @@ def local_path(name: str, setting: str) -> Path | None:
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
                 f"{setting} {name!r} needs the Python package {package.replace('_', '-')!r}: "
-                "install it, or the extra that brings it (pip install 'clip_scratch[compact]')"
+                "install it, or the extra that contains it (pip install 'clip_scratch[compact]')"
             )
         path = Path(next(iter(spec.submodule_search_locations)), inside)
     else:
         path = Path(name).expanduser()
         looks_like_path = name.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".pth", ".pt", ".bin"}
-        if not path.exists() and not looks_like_path:
+        if not os.path.exists(path) and not looks_like_path:
             return None
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         raise UserError(f"{setting}: there is no {path}")
     return path
 
 
+def is_function(name: str) -> bool:
+    """Whether a model is named as `module:function`, which builds it."""
+    return not name.startswith(PACKAGE) and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) is not None
+
+
+def import_function(name: str, setting: str) -> Callable:
+    """The function that `module:function` names. Raises UserError where there is no such module or function."""
+    module_name, _, function = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # an import inside the user's module
+        raise UserError(
+            f"{setting} {name!r}: there is no module {module_name}. Is its folder on PYTHONPATH?"
+        ) from error
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"{setting} {name!r}: {module.__name__} ({module.__file__}) has no function {function}")
+    return getattr(module, function)
+
+
+def load_pretrained(auto_class, name: str, setting: str, what: str, remedy: str, **options: object):
+    """`auto_class.from_pretrained` of a local folder or a model on the hub; any failure is a UserError."""
+    path = local_path(name, setting)
+    if path is None:
+        with hub_access(f"{what} {hub_name(name)!r}", remedy):
+            return auto_class.from_pretrained(hub_name(name), **options)
+    try:
+        with no_loading_bar():
+            return auto_class.from_pretrained(path, local_files_only=True, **options)
+    except Exception as error:  # transformers, safetensors and torch each have their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{setting}: transformers cannot load {what} {path}: {reason}") from error
+
+
 def hub_name(name: str) -> str:
-    """The name on the hub of a text encoder that is called by its size here."""
+    """The name on the hub of a text encoder that is named by its size here."""
     if name not in SMALL_BERTS:
         return name
     layers, hidden = SMALL_BERTS[name]
@@ -88,7 +126,7 @@ def hub_access(what: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_loading_bar() -> Iterator[None]:
-    """Without transformers' progress bar, which for weights on the local disk is gone before it can be read."""
+    """Without transformers' progress bar, which is gone before anyone can read it where weights are local."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

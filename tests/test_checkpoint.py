@@ -1,20 +1,25 @@
-"""Files that are whole or not there, and what `load` and a resume say to damaged ones."""
+"""A saved model, and the last checkpoint of a run: written whole, read back equal, one clear line where damaged."""
 
 import copy
 import dataclasses
 import json
 import os
+import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-from clip_scratch import load
+from clip_scratch import CFG, files, load
 from clip_scratch.errors import UserError
+from clip_scratch.models import saved as checkpoint
 from clip_scratch.models.clip import CLIPModel
-from clip_scratch.training import checkpoint
+from clip_scratch.train import main
+from clip_scratch.training.run import load_tree, save_tree, saved_fingerprint
+from clip_scratch.training.state import random_states, restore_random_states
 
 
 @pytest.fixture
@@ -45,14 +50,14 @@ def test_weights_that_are_shared_are_saved(tiny_cfg, tiny_tokenizer, tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    checkpoint.write_atomically(path, lambda temporary: temporary.write_text("old"))
+    files.write_atomically(path, lambda temporary: temporary.write_text("old"))
 
     def fail(temporary):
         temporary.write_text("half")
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
@@ -61,17 +66,22 @@ def test_a_file_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     real_sync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (did.append("sync"), real_sync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (did.append("rename"), real_replace(a, b)))
-    checkpoint.write_json(tmp_path / "x.json", {"a": 1})
+    files.write_json(tmp_path / "x.json", {"a": 1})
     assert did == ["sync", "rename", "sync"] and json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / "last").mkdir()
-    for name in (".metrics.jsonl.77.tmp", "last/.training.pt.77.tmp", "last/training.pt", "notes.tmp"):
+    for name in (
+        ".metrics.jsonl.77.tmp",
+        "last/.training.safetensors.77.tmp",
+        "last/training.safetensors",
+        "notes.tmp",
+    ):
         (tmp_path / name).write_text("x")
-    checkpoint.remove_unfinished(tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["notes.tmp", "training.pt"]
-    checkpoint.remove_unfinished(tmp_path / "nowhere")
+    files.remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["notes.tmp", "training.safetensors"]
+    files.remove_unfinished(tmp_path / "nowhere")
 
 
 # ---- best/
@@ -97,8 +107,8 @@ def test_best_round_trip(saved):
     [
         {"loss": "sigmoid"},
         {"head": "linear", "text_pooling": "mean", "ema": 0.9},
-        {"image_freeze": "first:1", "freeze_batch_norm": True, "image_precision": "fp32", "channels_last": False},
-        {"model_name": "vit_tiny_patch16_224", "image_trainable": False},
+        {"image_freeze": "first:1", "freeze_batch_norm": True, "channels_last": False},
+        {"model_name": "vit_tiny_patch16_224", "image_freeze": "backbone"},
     ],
 )
 def test_every_kind_of_model_is_rebuilt(tiny_cfg, tiny_tokenizer, tmp_path, settings):
@@ -163,47 +173,127 @@ def test_weights_cut_short_or_of_another_model(saved, tiny_tokenizer):
 
 
 def test_a_path_that_is_no_run(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere", str(tmp_path / "x/best")):
-        with pytest.raises(UserError, match="is not a run folder"):
-            load(path)
+    for path in (tmp_path, tmp_path / "nowhere", str(tmp_path / "x/best"), "x" * 300, tmp_path / "nul\0"):
+        for read in (load, checkpoint.best_folder, checkpoint.run_config):
+            with pytest.raises(UserError, match="is not a run folder"):
+                read(path)
+
+
+def test_load_uses_the_resolved_settings_and_each_folder_has_its_own(saved):
+    """The run folder holds the settings that were asked for: size=0, say."""
+    best, model = saved
+    asked = dataclasses.asdict(model.cfg) | {"size": 0, "precision": "auto"}
+    (best.parent / "config.json").write_text(json.dumps(asked))
+    assert checkpoint.best_folder(best) == checkpoint.best_folder(best.parent) == best
+    assert load(best.parent).cfg == load(best).cfg == model.cfg
+    assert (checkpoint.run_config(best.parent).size, checkpoint.run_config(best).size) == (0, 32)
 
 
 # ---- last/
 
 
-def test_last_round_trip(tmp_path):
+def test_a_tree_comes_back_as_it_was(tmp_path):
+    """An optimizer's state has dicts with numbers as keys; tuples come back as lists."""
     model = torch.nn.Linear(3, 2).to(torch.float64)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
     optimizer.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": {"step": 1}}
-    checkpoint.save_last(tmp_path / "last", copy.deepcopy(state))
-    found = checkpoint.load_last(tmp_path / "last")
-    assert found["progress"] == {"step": 1} and torch.equal(found["model"]["weight"], state["model"]["weight"])
-    assert os.listdir(tmp_path / "last") == ["training.pt"]
+    tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "fingerprint": "abc"}
+    tree |= {"numbers": {"a": 1.5, "b": None, "c": [True, (2, "x")], "nan": float("inf")}, "empty": {}}
+    path = tmp_path / "last" / "training.safetensors"
+    path.parent.mkdir()
+    save_tree(path, copy.deepcopy(tree))
+    assert os.listdir(path.parent) == ["training.safetensors"]
+    found = load_tree(path)
+    assert (
+        found["numbers"] == {"a": 1.5, "b": None, "c": [True, [2, "x"]], "nan": float("inf")} and found["empty"] == {}
+    )
+    assert torch.equal(found["model"]["weight"], model.weight) and found["model"]["weight"].dtype == torch.float64
+    assert found["optimizer"]["param_groups"][0]["params"] == [0, 1]
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(found["optimizer"]["state"][number][name], value) for name, value in state.items())
+    fresh = torch.optim.AdamW(model.parameters())
+    fresh.load_state_dict(found["optimizer"])
+    assert saved_fingerprint(tmp_path) == "abc" and saved_fingerprint(tmp_path / "nowhere") == ""
+
+
+def test_tensors_that_share_memory_are_saved_apart(tmp_path):
+    shared = torch.arange(6.0)
+    save_tree(tmp_path / "tree", {"a": shared, "b": shared, "c": shared.view(2, 3).T})
+    found = load_tree(tmp_path / "tree")
+    assert torch.equal(found["a"], shared) and torch.equal(found["c"], shared.view(2, 3).T)
+
+
+class Bomb:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_run_folder_is_unpickled(tiny_cfg, tmp_path, plain):
+    """A run from somebody else must not run their code, whatever pickles lie in it and under which names."""
+    run = main(dataclasses.replace(tiny_cfg, run_dir=str(tmp_path / "run"), epochs=1))
+    bomb, exploded = pickle.dumps(Bomb(tmp_path / "exploded")), tmp_path / "exploded"
+    names = ("training.pt", "model.pt", "pytorch_model.bin", "model.safetensors.index.json.pkl", "tokenizer.pkl")
+    for folder in (run, run / "best", run / "last"):
+        for name in names:
+            (folder / name).write_bytes(bomb)
+    load(run)
+    main(CFG(resume=str(run)))
+    for path, read in ((run / "best/model.safetensors", load), (run / "last/training.safetensors", resume)):
+        whole = path.read_bytes()
+        path.write_bytes(bomb)
+        with pytest.raises(UserError):
+            read(run)
+        path.write_bytes(whole)
+    assert not exploded.exists()
+    pickle.loads(bomb)
+    assert exploded.exists()  # or this test would mean nothing
+
+
+def resume(run):
+    return main(CFG(resume=str(run)))
+
+
+def test_a_tokenizer_s_code_is_not_imported(saved):
+    best, _ = saved
+    settings = json.loads((best / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Theirs"}
+    settings["auto_map"] = {"AutoTokenizer": ["code.Theirs", None]}
+    (best / "tokenizer_config.json").write_text(json.dumps(settings))
+    (best / "code.py").write_text("raise AssertionError('imported')")
+    load(best)
 
 
 def test_random_states_come_back():
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    states = checkpoint.random_states()
+    states = random_states(torch.device("cpu"))
     first = draw()
     assert draw() != first
-    checkpoint.restore_random_states(states)
+    restore_random_states(states, torch.device("cpu"))
     assert draw() == first
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half", "no tree"])
 def test_a_damaged_last_is_one_clear_line(tmp_path, content):
-    checkpoint.save_last(tmp_path / "last", {"model": torch.zeros(1000)})
-    file = tmp_path / "last/training.pt"
-    file.write_bytes(file.read_bytes()[:2000] if content == "half" else content)
-    with pytest.raises(UserError, match=r"training.pt is damaged .*best may still be loaded") as stop:
-        checkpoint.load_last(tmp_path / "last")
+    path = tmp_path / "training.safetensors"
+    save_tree(path, {"model": torch.zeros(1000)})
+    if content == "no tree":
+        from safetensors.torch import save_file
+
+        save_file({"model": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:2000] if content == "half" else content)
+    with pytest.raises(UserError, match=r"training.safetensors is damaged .*best may still be loaded") as stop:
+        load_tree(path)
     assert "\n" not in str(stop.value)
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(UserError, match="nothing to resume: there is no .*training.pt"):
-        checkpoint.load_last(tmp_path)
+    with pytest.raises(UserError, match="nothing to resume: there is no .*training.safetensors"):
+        load_tree(tmp_path / "last/training.safetensors")

@@ -2,18 +2,28 @@
 
 import copy
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from clip_scratch.config import CFG, PRESETS
+from clip_scratch import encode_text, load
+from clip_scratch.config import CFG
 from clip_scratch.errors import UserError
 from clip_scratch.hub import local_path
+from clip_scratch.models.build import build_model
 from clip_scratch.models.clip import CLIPModel, ProjectionHead
-from clip_scratch.models.encoders import ImageEncoder, TextEncoder, compute_trained_part_in_fp32, text_config
+from clip_scratch.models.encoders import ImageEncoder, TextEncoder, text_config
+from clip_scratch.models.precision import tower_dtype
+from clip_scratch.models.saved import bare_model, prepare_best
+from clip_scratch.presets import PRESETS
+from clip_scratch.train import main
 from clip_scratch.training.losses import contrastive_loss
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -114,12 +124,14 @@ def loaded_equals(path, weights):
     return all(torch.equal(tensor, weights[name]) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pth", "state_dict", "model", "other names"])
+@pytest.mark.parametrize("form", ["safetensors", "pth", "state_dict", "model", "wrapped", "other names"])
 def test_local_weights(tmp_path, weights, form):
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
     if form == "safetensors":
         save_file(weights, path)
     elif form == "other names":  # in the order of the layers
+        torch.save({f"net.{name}": tensor for name, tensor in weights.items()}, path)
+    elif form == "wrapped":  # by DistributedDataParallel
         torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, path)
     else:
         torch.save(weights if form == "pth" else {"epoch": 3, form: weights}, path)
@@ -136,12 +148,12 @@ def test_weights_that_do_not_fit_name_the_tensor(tmp_path, weights):
     shape = tuple(weights[name].shape)
     path = tmp_path / "w.pth"
     torch.save(weights | {name: torch.zeros(2, 3)}, path)
-    with pytest.raises(UserError, match=rf"image_weights: {path} does not fit: {name} has shape \(2, 3\), wanted"):
+    with pytest.raises(UserError, match=rf"image_weights: {path} does not fit: {name} has shape \(2, 3\), expected"):
         ImageEncoder(TINY, weights=str(path))
     torch.save({key: tensor for key, tensor in weights.items() if key != name}, path)
     with pytest.raises(UserError) as error:
         ImageEncoder(TINY, weights=str(path))
-    assert f"{name} is missing, wanted {shape}" in str(error.value)
+    assert f"{name} is missing, expected {shape}" in str(error.value)
     with pytest.raises(UserError, match=r"does not fit: conv1.weight"):
         ImageEncoder("resnet18", weights=str(path))
 
@@ -230,7 +242,7 @@ def test_a_local_folder_in_half_precision_trains_in_full(tmp_path, pretrained):
 
 
 def test_a_folder_that_holds_no_text_model(tmp_path):
-    with pytest.raises(UserError, match=f"text_encoder_model: {tmp_path} holds no transformers model"):
+    with pytest.raises(UserError, match=f"text_encoder_model: transformers cannot load the text encoder {tmp_path}: "):
         TextEncoder(str(tmp_path))
     with pytest.raises(UserError, match="text_encoder_model: there is no "):
         TextEncoder("./no-such-folder")
@@ -240,10 +252,10 @@ def test_a_folder_that_holds_no_text_model(tmp_path):
 
 
 def test_a_frozen_tower_stays_as_it_is(tiny_cfg, tiny_tokenizer, batch):
-    cfg = dataclasses.replace(tiny_cfg, image_trainable=False, dropout=0.5)
+    cfg = dataclasses.replace(tiny_cfg, image_freeze="backbone", dropout=0.5)
     model = CLIPModel(cfg, tiny_tokenizer).train()
     before = copy.deepcopy(model.image_encoder.state_dict())
-    assert not any(module.training for module in model.image_encoder.modules())
+    assert not any(module.training for module in model.image_encoder.model.modules())
     assert model.text_encoder.training and model.image_projection.training
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
@@ -269,11 +281,11 @@ def test_a_trained_tower_s_statistics_move(model, batch):
     [
         ({}, True, True),
         ({"trainable": False}, False, False),
-        ({"image_trainable": False}, False, True),
-        ({"text_trainable": False}, True, False),
+        ({"image_freeze": "backbone"}, False, True),
+        ({"text_freeze": "backbone"}, True, False),
     ],
 )
-def test_trainable_is_a_setting_of_each_tower(tiny_cfg, tiny_tokenizer, settings, image, text):
+def test_the_backbone_of_each_tower_can_be_frozen(tiny_cfg, tiny_tokenizer, settings, image, text):
     model = CLIPModel(dataclasses.replace(tiny_cfg, **settings), tiny_tokenizer)
     assert {p.requires_grad for p in model.image_encoder.parameters()} == {image}
     assert {p.requires_grad for p in model.text_encoder.parameters()} == {text}
@@ -303,21 +315,177 @@ def test_batch_norm_statistics_can_stay_while_the_weights_learn(tiny_cfg, tiny_t
     assert all(p.grad is not None for p in tower.parameters())
 
 
-def test_the_part_that_trains_computes_in_fp32_and_a_copy_is_its_own(tiny_cfg, tiny_tokenizer):
-    tower = image_tower(tiny_cfg, tiny_tokenizer, image_freeze="first:1").eval()
-    x = torch.randn(2, 3, 32, 32)
-    with torch.inference_mode():
-        full = tower(x)
-        compute_trained_part_in_fp32(tower)
-        torch.testing.assert_close(tower(x), full)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert tower(x).dtype == torch.float32
-            assert not torch.equal(tower(x), full)  # the frozen blocks are in bf16
-    twin = copy.deepcopy(tower)  # as an average of the weights is
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.mul_(0 if p.requires_grad else 1)
-    assert twin(x).abs().max() == 0 and torch.equal(tower(x), full)
+# ---- precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "bf16", "image", "text"),
+    [
+        ("fp32", "1", torch.float32, torch.float32),
+        ("bf16", "1", torch.bfloat16, torch.bfloat16),
+        ("bf16", "0", torch.float32, torch.float32),
+        ("auto", "1", torch.bfloat16, torch.bfloat16),
+        ("auto", "0", torch.float32, torch.float32),
+        ("fp32/bf16", "1", torch.float32, torch.bfloat16),
+        ("bf16/fp32", "1", torch.bfloat16, torch.float32),
+        ("fp32/bf16", "0", torch.float32, torch.float32),
+        ("fp16", "1", torch.float32, torch.float32),  # a CPU emulates fp16: a model trained in it computes in fp32
+    ],
+)
+def test_each_tower_computes_in_its_precision_and_in_fp32_where_there_is_none(
+    tiny_cfg, tiny_tokenizer, batch, monkeypatch, precision, bf16, image, text
+):
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", bf16)
+    model = CLIPModel(tiny_cfg, tiny_tokenizer).eval()
+    model.cfg = dataclasses.replace(tiny_cfg, precision=precision)
+    seen = {}
+    linear_layers = {
+        "image": model.image_projection[-1].fc,
+        "text": model.text_encoder.model.encoder.layer[0].output.dense,
+    }
+    for tower, module in linear_layers.items():
+        module.register_forward_hook(lambda _, __, output, tower=tower: seen.update({tower: output.dtype}))
+    images, texts = model(batch)
+    assert seen == {"image": image, "text": text}
+    assert images.dtype == texts.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("bf16", "computed"), [("1", torch.bfloat16), ("0", torch.float32)])
+def test_precision_on_a_gpu(monkeypatch, bf16, computed):
+    monkeypatch.setenv("CLIP_SCRATCH_BF16", bf16)
+    device = torch.device("cuda")
+    assert tower_dtype(CFG(precision="fp16"), "image", device) == torch.float16
+    assert tower_dtype(CFG(precision="fp32/bf16"), "text", device) == computed
+    assert tower_dtype(CFG(precision="fp32/bf16"), "image", device) == torch.float32
+
+
+# ---- encoders of one's own
+
+OWN = """
+import torch
+from torch import nn
+
+class Image(nn.Module):
+    out_dim, mean, std, size = 6, (0.1, 0.2, 0.3), (0.5, 0.5, 0.25), 16
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 6, 4, 4), nn.BatchNorm2d(6)])
+
+    def forward(self, pixel_values):
+        for layer in self.layers:
+            pixel_values = layer(pixel_values)
+        return pixel_values.amax((2, 3))
+
+class Text(nn.Module):
+    out_dim = 5
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.EmbeddingBag(8192, 5, mode="sum")
+
+    def forward(self, input_ids, attention_mask):
+        return self.words(input_ids, per_sample_weights=attention_mask.float())
+
+class Plain(nn.Linear):
+    out_dim = 3
+
+def image(cfg): return Image()
+def text(cfg): return Text()
+def plain(cfg): return Plain(3, 3)
+def without_out_dim(cfg): return nn.Linear(3, 3)
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module `my_encoders` that can be imported here and in processes that are started here."""
+    (tmp_path / "my_encoders.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    yield tmp_path
+    sys.modules.pop("my_encoders", None)
+
+
+@pytest.fixture
+def own_cfg(tiny_cfg, own):
+    names = {"model_name": "my_encoders:image", "text_encoder_model": "my_encoders:text", "text_tokenizer": "train"}
+    return dataclasses.replace(tiny_cfg, **names, size=0)
+
+
+def test_own_encoders_are_trained_saved_and_loaded_in_another_process(own, own_cfg, tiny_tokenizer, plain):
+    run = main(dataclasses.replace(own_cfg, run_dir=str(own / "run"), epochs=1, image_freeze="first:1"))
+    model = load(run)
+    assert model.cfg.size == 16 and json.loads((run / "best/text_config.json").read_text()) is None
+    code = (
+        "import sys, torch; from clip_scratch import load, encode_text; model = load(sys.argv[1]);"
+        "pixels = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16);"
+        "print(torch.cat([model.encode_image(pixels), encode_text(model, ['a red box'])]).tolist())"
+    )
+    command = [sys.executable, "-c", code, str(run)]
+    there = json.loads(subprocess.run(command, cwd=own, capture_output=True, text=True, check=True).stdout)
+    pixels = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16)
+    here = torch.cat([model.encode_image(pixels), encode_text(model, ["a red box"])])
+    torch.testing.assert_close(torch.tensor(there), here, atol=1e-6, rtol=0)
+
+
+def test_what_an_own_encoder_may_leave_out(own_cfg, tiny_tokenizer):
+    model = CLIPModel(own_cfg, tiny_tokenizer)
+    assert model.mean.flatten().tolist() == pytest.approx([25.5, 51, 76.5])
+    assert {p.requires_grad for p in model.image_encoder.parameters()} == {True}
+    frozen = CLIPModel(dataclasses.replace(own_cfg, trainable=False), tiny_tokenizer).train()
+    assert not any(module.training for module in frozen.image_encoder.modules())
+    plain = CLIPModel(dataclasses.replace(own_cfg, model_name="my_encoders:plain"), tiny_tokenizer)
+    assert plain.cfg.size == 224 and plain.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+    assert plain.towers["image"] is plain.image_encoder
+
+
+def test_weights_of_an_own_encoder(own, own_cfg, tiny_tokenizer):
+    import my_encoders
+
+    weights = my_encoders.Image().state_dict()
+    torch.save(weights, own / "w.pth")
+    cfg = dataclasses.replace(own_cfg, pretrained=True, image_weights=str(own / "w.pth"))
+    state = CLIPModel(cfg, tiny_tokenizer).image_encoder.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:image", "model_name 'no_such_module:image': there is no module no_such_module"),
+        ("my_encoders.sub:image", "there is no module my_encoders.sub"),
+        ("my_encoders:nothing", "has no function nothing"),
+        ("my_encoders:number", "has no function number"),
+        ("my_encoders:without_out_dim", "must return a torch module whose out_dim is the number of its features"),
+    ],
+)
+def test_a_function_that_gives_no_encoder(own_cfg, tiny_tokenizer, name, message):
+    with pytest.raises(UserError, match=message):
+        CLIPModel(dataclasses.replace(own_cfg, model_name=name), tiny_tokenizer)
+
+
+def test_an_own_text_encoder_needs_a_tokenizer(own_cfg):
+    with pytest.raises(UserError, match="my_encoders:text has no tokenizer. Set --text-tokenizer to one, or to train"):
+        build_model(dataclasses.replace(own_cfg, text_tokenizer=""), ["a caption"])
+
+
+def test_an_import_that_fails_inside_the_user_s_module_stays_a_traceback(own, own_cfg, tiny_tokenizer):
+    (own / "broken_encoders.py").write_text("import not_installed_anywhere")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        CLIPModel(dataclasses.replace(own_cfg, model_name="broken_encoders:image"), tiny_tokenizer)
+
+
+def test_no_code_is_imported_from_a_run_folder(own, own_cfg, tiny_tokenizer):
+    """A run may come from somebody else."""
+    best = own / "runs" / "x" / "best"
+    prepare_best(best, CLIPModel(own_cfg, tiny_tokenizer), own_cfg)
+    (best.parent / "payload.py").write_text("raise AssertionError('imported')")
+    settings = json.loads((best / "config.json").read_text())
+    (best / "config.json").write_text(json.dumps(settings | {"model_name": "runs.x.payload:image"}))
+    with pytest.raises(UserError, match="no code is imported from a run folder"):
+        bare_model(best)
 
 
 # ---- the model

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_scratch.training.checkpoint import load, prepare_best, save_best
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, VisionTextDualEncoderModel
 
 from clip_scratch.config import CFG
@@ -18,7 +17,9 @@ from clip_scratch.errors import UserError
 from clip_scratch.export import Arguments, export, main
 from clip_scratch.exporting.dual_encoder import to_dual_encoder
 from clip_scratch.models.clip import CLIPModel
+from clip_scratch.models.saved import load, prepare_best, save_best
 from clip_scratch.retrieval.embed import encode_image, encode_text
+from clip_scratch.train import main as train
 
 CAPTIONS = ["red", "one blue square , number 7", "There is a green square in the left half of this picture"]
 
@@ -109,7 +110,7 @@ def test_a_text_tower_that_lacks_weights_is_no_success(linear_run, monkeypatch):
 def test_devices(linear_run, tmp_path):
     run = linear_run()
     assert export(run, tmp_path / "folder", device="auto")["n_images"] == 5
-    with pytest.raises(UserError, match="device 'nonsense' is not to be had"):
+    with pytest.raises(UserError, match="device 'nonsense' is not available"):
         export(run, tmp_path / "other", device="nonsense")
     assert not (tmp_path / "other").exists()
 
@@ -127,7 +128,7 @@ def test_the_folder_is_an_ordinary_one(linear_run, tmp_path):
     config = (folder / "config.json").read_text()
     assert json.loads(config)["text_config"]["num_hidden_layers"] == 3
     assert str(tmp_path) not in config and sys.prefix not in config
-    assert not folder.with_name("folder.tmp").exists()
+    assert not folder.with_name(".folder.tmp").exists()
     export(run, tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     code = (
@@ -175,22 +176,68 @@ def test_a_fine_tuned_clip_is_written_as_it_is(linear_run, tiny_data, tmp_path):
 def test_the_command_prints_how_true_the_folder_is(linear_run, tiny_data, tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()  # an empty one will do
-    (tmp_path / "folder.tmp").mkdir()  # of an export that was killed
+    (tmp_path / ".folder.tmp").mkdir()  # of an export that was killed
     run = linear_run(captions_path="moved/captions.txt", image_path="moved/Images")
     with pytest.raises(UserError, match="no captions file moved/captions.txt.* Set --captions-path"):
         main(Arguments(str(run), str(folder), device="cpu"))
-    assert not any(folder.iterdir()) and not (tmp_path / "folder.tmp").exists()
+    assert not any(folder.iterdir())
     main(Arguments(str(run), str(folder), str(tiny_data.captions_path), str(tiny_data.image_path), "cpu"))
+    assert not (tmp_path / ".folder.tmp").exists()
     out = capsys.readouterr().out
     assert out.startswith("valid: 5 images, ") and "cosine of each text between the two: mean 1.0000" in out
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["run", "folder"]
     assert out.endswith(f"written: {folder}\n")
 
 
+# ---- the data set, where it has moved
+
+
+@pytest.fixture
+def two_files(tiny_data, tmp_path):
+    """A folder with a captions file of training images and one of validation images, whose split none of us draws."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "valid"):
+        rows = tiny_data.table[tiny_data.table["split"] == split]
+        rows[["image", "caption"]].to_csv(folder / f"{split}.csv", index=False)
+    return folder
+
+
+def test_the_run_s_own_validation_file_is_measured_wherever_it_is(linear_run, tiny_data, two_files, tmp_path):
+    names = {"captions_path": str(two_files / "train.csv"), "valid_captions_path": str(two_files / "valid.csv")}
+    run = linear_run(**names)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (two_files / "train.csv").rename(moved / "train.csv")
+    where = {"captions_path": moved / "train.csv", "image_path": tiny_data.image_path}
+    assert export(run, tmp_path / "a", **where)["n_images"] == 6  # the validation file is where it was
+    (two_files / "valid.csv").rename(moved / "valid.csv")
+    assert export(run, tmp_path / "b", **where)["n_images"] == 6  # it has moved, too
+    (moved / "valid.csv").unlink()
+    with pytest.raises(UserError, match="valid_captions_path of the run, .*valid.csv, is missing. Copy it to .*moved"):
+        export(run, tmp_path / "c", **where)
+    assert not (tmp_path / "c").exists()
+
+
+def test_images_that_were_trained_on_are_not_measured(tiny_cfg, tiny_data, tmp_path, plain):
+    """Two more images move the seeded split: images that were trained on are then in the validation split."""
+    run = train(dataclasses.replace(tiny_cfg, head="linear", epochs=1, run_dir=str(tmp_path / "run")))
+    assert export(run, tmp_path / "a", tiny_data.captions_path, tiny_data.image_path)["n_images"] == 5
+    lines = tiny_data.captions_path.read_text().splitlines()
+    (tmp_path / "fewer.txt").write_text("\n".join(lines[:1] + lines[4:]))
+    with pytest.raises(UserError, match="fewer.txt is not what .*run/best was trained on.* Set --captions-path"):
+        export(run / "best", tmp_path / "b", tmp_path / "fewer.txt", tiny_data.image_path)
+    assert not (tmp_path / "b").exists()
+
+
+# ---- what is refused
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"head": "mlp"}, "head 'mlp' cannot be exported"),
+        ({"model_name": "my_flat:flat"}, "model_name 'my_flat:flat': an encoder of your own cannot be exported"),
         ({"text_encoder_model": "distilbert-base-uncased"}, "a distilbert text tower cannot be exported"),
     ],
 )
@@ -199,6 +246,10 @@ def test_what_cannot_be_expressed_is_refused(linear_run, tmp_path, monkeypatch, 
 
     small = DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=32)
     monkeypatch.setattr("clip_scratch.models.encoders.text_config", lambda name: small)
+    (tmp_path / "my_flat.py").write_text(
+        "from torch import nn\nclass Flat(nn.Flatten):\n    out_dim = 3072\nflat = lambda cfg: Flat()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     refused(message, linear_run(**settings), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 

@@ -10,22 +10,22 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from clip_scratch.training.checkpoint import run_config
 from torch import nn
 from transformers import AutoModel
 
-import clip_scratch.training.report as report
 from clip_scratch import CFG, load
 from clip_scratch.errors import UserError
 from clip_scratch.evaluate import evaluate
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.models.encoders import TextEncoder
-from clip_scratch.models.freezing import blocks, count_parameters, freeze, merged_state, places, policies
+from clip_scratch.models.freezing import blocks, count_parameters, freeze, frozen_parts, merged_state, places
 from clip_scratch.models.hf_clip import HFCLIPModel
+from clip_scratch.models.saved import run_config
 from clip_scratch.train import main
 from clip_scratch.training.optimizer import build_optimizer, learning_rates
+from clip_scratch.training.report import Report
 
-POLICIES = ["frozen", "heads", "first:0", "first:1", "last:1", "lora", "full"]
+POLICIES = ["all", "backbone", "first:1", "all-but-last:1", "lora", "none"]
 TOWERS = {  # backend, and the image model or the kind of pretrained CLIP
     "resnet+bert": ("scratch", "test_resnet"),
     "convnext+bert": ("scratch", "test_convnext"),
@@ -44,6 +44,7 @@ def build(tiny_cfg, tiny_tokenizer, hf_cfg):
     def make(kind, **settings):
         backend, name = TOWERS[kind]
         torch.manual_seed(0)
+        settings = {"precision": "fp32"} | settings
         if backend == "hf":
             return HFCLIPModel(hf_cfg(name, **settings))
         size = 160 if name == "test_vit" else 32
@@ -154,20 +155,19 @@ def wanted(model, part, policy):
     heads = {id(p) for p in head.parameters()}
     number, depth = blocks(tower)
     rule = {
-        "frozen": lambda n, lora: False,
-        "heads": lambda n, lora: False,
-        "first:0": lambda n, lora: n > 0,
+        "all": lambda n, lora: False,
+        "backbone": lambda n, lora: False,
         "first:1": lambda n, lora: n > 1,
-        "last:1": lambda n, lora: n >= depth,
+        "all-but-last:1": lambda n, lora: n >= depth,
         "lora": lambda n, lora: lora,
-        "full": lambda n, lora: True,
+        "none": lambda n, lora: True,
     }[policy]
     inside = {
         names[id(p)]
         for name, p in tower.named_parameters()
         if id(p) not in heads and rule(number[name], "lora_" in name)
     }
-    return inside | ({names[i] for i in heads} if policy != "frozen" else set())
+    return inside | ({names[i] for i in heads} if policy != "all" else set())
 
 
 # never in the loss: the SigLIP bias; never in the features: a pooler
@@ -178,7 +178,7 @@ IDLE = {"hf.logit_bias"}
 @pytest.mark.parametrize("kind", TOWERS)
 def test_what_moves_is_what_the_policy_says(build, kind, policy):
     """The image tower by its policy, the text tower by another; batch statistics move with their weights alone."""
-    other = "first:1" if policy == "frozen" else "frozen"
+    other = "first:1" if policy == "all" else "all"
     settings = {"image_freeze": policy, "text_freeze": other, "freeze_batch_norm": False}
     model = build(kind, **settings)
     expected = wanted(model, "image", policy) | wanted(model, "text", other)
@@ -193,15 +193,15 @@ def test_what_moves_is_what_the_policy_says(build, kind, policy):
     assert all("lora_A" in n or "k_proj.bias" in n or "key.bias" in n or "relative" in n for n in still), still
     owners = {name.rpartition(".")[0] for name in trains}
     assert all(name.rpartition(".")[0] in owners for name in statistics)
-    if policy in ("first:1", "full") and kind in ("resnet+bert", "dual_timm"):
+    if policy in ("first:1", "none") and kind in ("resnet+bert", "dual_timm"):
         assert statistics
 
 
 @pytest.mark.parametrize("kind", ["clip", "dual", "vit+bert"])
-@pytest.mark.parametrize("policy", ["heads", "last:1", "lora"])
+@pytest.mark.parametrize("policy", ["backbone", "all-but-last:1", "lora"])
 def test_the_text_tower_too(build, kind, policy):
-    model = build(kind, image_freeze="heads", text_freeze=policy)
-    expected = wanted(model, "text", policy) | wanted(model, "image", "heads")
+    model = build(kind, image_freeze="backbone", text_freeze=policy)
+    expected = wanted(model, "text", policy) | wanted(model, "image", "backbone")
     scale = {name for name, p in model.named_parameters() if p is model.log_scale}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == expected | scale
     moved = step(model)
@@ -209,7 +209,7 @@ def test_the_text_tower_too(build, kind, policy):
 
 
 def test_frozen_dropout_is_off_and_what_trains_keeps_its_own(build):
-    model = build("dual", text_freeze="first:1", image_freeze="frozen").train()
+    model = build("dual", text_freeze="first:1", image_freeze="all").train()
     text = model.towers["text"]
     assert not text.embeddings.dropout.training and not text.encoder.layer[0].output.dropout.training
     assert text.encoder.layer[1].output.dropout.training
@@ -219,7 +219,7 @@ def test_frozen_dropout_is_off_and_what_trains_keeps_its_own(build):
 
 
 def test_a_frozen_head_drops_nothing(build):
-    model = build("resnet+bert", image_freeze="frozen", dropout=0.5, image_dropout=0.5).train()
+    model = build("resnet+bert", image_freeze="all", dropout=0.5, image_dropout=0.5).train()
     pixels = batch_of(model)["pixel_values"]
     assert torch.equal(model.encode_image(pixels), model.encode_image(pixels))
     assert any(module.training for module in model.text_projection.modules())
@@ -230,37 +230,37 @@ def test_batch_norms_keep_their_statistics_where_asked(build):
         assert not {name for name in step(build(kind, freeze_batch_norm=True)) if "running_" in name}
 
 
-def test_the_tutorial_s_trainable_is_heads():
-    assert policies(CFG(trainable=False)) == {"image": "heads", "text": "heads"}
-    assert policies(CFG(text_trainable=False, image_freeze="last:2")) == {"image": "last:2", "text": "heads"}
-    assert policies(CFG(image_trainable=False, image_freeze="frozen"))["image"] == "frozen"
-    assert policies(CFG(trainable=False, text_freeze="lora"))["text"] == "heads"
+def test_the_tutorial_s_trainable_freezes_the_backbone():
+    assert frozen_parts(CFG(trainable=False)) == {"image": "backbone", "text": "backbone"}
+    assert frozen_parts(CFG(trainable=False, image_freeze="all"))["image"] == "all"
+    assert frozen_parts(CFG(trainable=False, text_freeze="lora"))["text"] == "backbone"
+    assert frozen_parts(CFG(image_freeze="all-but-last:2")) == {"image": "all-but-last:2", "text": "none"}
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit+bert"])
 def test_more_blocks_than_there_are(build, kind):
     depth = 3 if kind == "clip" else 6
-    with pytest.raises(UserError, match=f"image_freeze first:40: the tower has {depth} blocks, and one must train"):
+    with pytest.raises(UserError, match=f"image_freeze first:40: the tower has {depth} blocks"):
         build(kind, image_freeze="first:40")
     with pytest.raises(UserError, match=f"image_freeze first:{depth}: the tower has {depth} blocks"):
         build(kind, image_freeze=f"first:{depth}")
-    with pytest.raises(UserError, match=f"image_freeze last:{depth + 1}: the tower has {depth} blocks"):
-        build(kind, image_freeze=f"last:{depth + 1}")
+    with pytest.raises(UserError, match=f"image_freeze all-but-last:{depth + 1}: the tower has {depth} blocks"):
+        build(kind, image_freeze=f"all-but-last:{depth + 1}")
     with pytest.raises(UserError, match="text_freeze first:40: the tower has"):
         build(kind, text_freeze="first:40")
-    build(kind, image_freeze=f"last:{depth}")
+    build(kind, image_freeze=f"all-but-last:{depth}")
 
 
 @pytest.mark.parametrize("kind", ["clip", "resnet+bert"])
 def test_nothing_to_train(build, kind):
-    with pytest.raises(UserError, match="nothing to train: image_freeze and text_freeze are both frozen"):
-        build(kind, image_freeze="frozen", text_freeze="frozen")
+    with pytest.raises(UserError, match="nothing to train: image_freeze and text_freeze are both all"):
+        build(kind, image_freeze="all", text_freeze="all")
 
 
 def test_freezing_again_gives_the_new_policy(build):
     """As a notebook does that trains the heads first and then the towers."""
-    model = build("clip", image_freeze="frozen", text_freeze="heads")
-    freeze(model, dataclasses.replace(model.cfg, image_freeze="full", text_freeze="full"))
+    model = build("clip", image_freeze="all", text_freeze="backbone")
+    freeze(model, dataclasses.replace(model.cfg, image_freeze="none", text_freeze="none"))
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -348,7 +348,7 @@ def test_the_rates_that_are_reported(build):
         return list(learning_rates(build_optimizer(model, model.cfg)).values())
 
     assert reported() == [1e-5, 2e-5, 3e-5]
-    assert reported(image_freeze="frozen", text_freeze="heads") == [0, 0, 3e-5]
+    assert reported(image_freeze="all", text_freeze="backbone") == [0, 0, 3e-5]
     assert reported(image_freeze="lora") == [4e-3, 2e-5, 3e-5]
 
 
@@ -361,18 +361,19 @@ def test_decay_is_of_weights_alone(build):
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-@pytest.mark.parametrize("policy", ["heads", "full", "lora"])
-def test_the_counts_add_up(build, kind, policy):
+@pytest.mark.parametrize("policy", ["backbone", "none", "lora"])
+def test_the_counts_add_up(build, kind, policy, capsys):
     model = build(kind, image_freeze=policy, text_freeze=policy)
     counts = count_parameters(model)
     assert sum(total for _, total in counts.values()) == sum(p.numel() for p in model.parameters())
     assert sum(n for n, _ in counts.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if policy == "heads":
+    if policy == "backbone":
         assert counts["image"][0] == counts["text"][0] == 0 < counts["head"][0]
-    if policy == "full":
+    if policy == "none":
         assert all(trained == total for trained, total in counts.values())
-    said = report.describe_parameters(model, model.cfg)
-    assert said.count(f"({policy})") == 2 and f"{counts['image'][1]:,} parameters train" in said
+    Report.parameters(SimpleNamespace(cfg=model.cfg), model, truncated=0)
+    out = capsys.readouterr().out
+    assert out.count(f"(freeze: {policy})") == 2 and f"{counts['image'][1]:,} parameters train" in out
 
 
 def test_a_whole_clip_by_its_published_figures():
@@ -388,16 +389,14 @@ def test_a_whole_clip_by_its_published_figures():
 # ---- from-scratch runs
 
 
-def test_a_from_scratch_run_with_lora(tiny_cfg, tmp_path, monkeypatch):
+def test_a_from_scratch_run_with_lora(tiny_cfg, tmp_path, monkeypatch, plain):
     """size=0 is timm's own, loss="auto" is InfoNCE; best/ is merged, and a resume ends as an uninterrupted run."""
-    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
-    monkeypatch.setattr(report, "report_run", lambda *_: None)
     settings = {"size": 0, "loss": "auto", "model_name": "test_vit", "image_freeze": "lora", "lora_lr": 0.01}
-    settings |= {"text_freeze": "last:1", "image_precision": "fp32", "ema": 0.5, "accumulation": 2, "batch_size": 4}
+    settings |= {"text_freeze": "all-but-last:1", "ema": 0.5, "accumulation": 2, "batch_size": 4}
     settings |= {"precision": "fp32"}  # in bf16 merged updates are rounded otherwise than unmerged ones
     cfg = dataclasses.replace(tiny_cfg, **settings, run_dir=str(tmp_path / "whole"))
     whole = main(cfg)
-    saved = run_config(whole)
+    saved = run_config(whole / "best")
     assert (saved.size, saved.loss) == (160, "infonce")
     assert saved.size == timm.create_model("test_vit").default_cfg["input_size"][-1]
     model = load(whole)
@@ -405,20 +404,20 @@ def test_a_from_scratch_run_with_lora(tiny_cfg, tmp_path, monkeypatch):
     best = json.loads((whole / "best/metrics.json").read_text())
     assert evaluate(whole)["rsum"] == pytest.approx(best["rsum"], abs=1e-6)
     torch.manual_seed(cfg.seed)
-    start = CLIPModel(dataclasses.replace(cfg, image_freeze="full"), copy.deepcopy(model.tokenizer)).state_dict()
+    start = CLIPModel(dataclasses.replace(cfg, image_freeze="none"), copy.deepcopy(model.tokenizer)).state_dict()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
     assert any(name.startswith("image_encoder.model.blocks.0.") for name in moved)
     assert not any(name.startswith(("image_encoder.model.patch_embed", "text_encoder.model.embed")) for name in moved)
 
     with monkeypatch.context() as patch:
-        show = report.show_step
+        show = Report.step
 
-        def interrupted(bar, progress, *rest):
-            show(bar, progress, *rest)
-            if progress.step == 4:
+        def interrupted(self, state, steps):
+            show(self, state, steps)
+            if state.progress.step == 4:
                 os.kill(os.getpid(), 2)
 
-        patch.setattr(report, "show_step", interrupted)
+        patch.setattr(Report, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(dataclasses.replace(cfg, run_dir=str(tmp_path / "run")))
     run = main(CFG(resume=str(tmp_path / "run")))
@@ -436,5 +435,5 @@ def test_lora_of_a_tower_without_linear_layers():
             SimpleNamespace(
                 towers={"image": nn.Identity(), "text": tower}, heads={"image": nn.Linear(1, 1), "text": None}
             ),
-            CFG(text_freeze="lora", image_freeze="heads"),
+            CFG(text_freeze="lora", image_freeze="backbone"),
         )

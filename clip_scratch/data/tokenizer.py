@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
-from ..hub import hub_access, hub_name, local_path
+from ..hub import hub_access, hub_name, is_function, local_path
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,10 @@ def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokeniz
     """
     from transformers import AutoTokenizer
 
+    if not cfg.text_tokenizer and is_function(cfg.text_encoder_model):
+        raise UserError(
+            f"text_tokenizer: {cfg.text_encoder_model} has no tokenizer. Set --text-tokenizer to one, or to train"
+        )
     name = cfg.text_tokenizer or cfg.text_encoder_model
     if name == TRAINED:
         if not len(captions):

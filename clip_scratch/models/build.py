@@ -10,7 +10,7 @@ from .clip import CLIPModel, DualEncoder
 
 
 def model_class(cfg: CFG) -> type[DualEncoder]:
-    """The class of the backend."""
+    """The class of model of the backend."""
     if cfg.backend == "hf_clip":
         from .hf_clip import HFCLIPModel
 
@@ -19,9 +19,9 @@ def model_class(cfg: CFG) -> type[DualEncoder]:
 
 
 def build_model(cfg: CFG, captions: Sequence[str] = ()) -> DualEncoder:
-    """A model to train. What its pretrained parts decide (image size, loss, ...) is settled in its own `cfg`.
+    """A model to train. Its `cfg` has what its pretrained parts decide: image size, loss ...
 
-    From scratch, where no tokenizer can be had, one is learned from the training `captions`.
+    From scratch, where no tokenizer is available, one is learned from the training `captions`.
     """
     if cfg.backend == "hf_clip":
         return model_class(cfg)(cfg)

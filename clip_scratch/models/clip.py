@@ -17,7 +17,7 @@ from ..config import CFG
 from ..data.images import image_transform
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
-from .encoders import ImageEncoder, TextEncoder
+from .encoders import TextEncoder, Tower, build_image_encoder, build_text_encoder
 from .freezing import freeze, keep_frozen_in_eval
 from .precision import autocast, memory_format
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MAX_LOGIT_SCALE = 100.0  # CLIP (Radford et al. 2021) clamps the learned scale here, that is the log-scale at ln 100
 
 _CHUNK = 64  # captions that share a padded length on a CPU
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ProjectionHead(nn.Module):
@@ -53,28 +54,28 @@ def _head(in_dim: int, feature_dropout: float, cfg: CFG) -> nn.Sequential:
 
 
 class DualEncoder(nn.Module):
-    """What every model here has, whoever wrote its towers.
+    """The interface of both backends: two towers with heads, and the temperature.
 
     A subclass has `cfg`, `tokenizer`, `log_scale`, `logit_bias` (None without one), `mean` and `std` (of pixels
-    in 0 to 255), `towers` and `heads` (modules by "image" and "text"), and the two methods that make features.
+    in 0 to 255), `towers` and `heads` (modules by "image" and "text"), `forward_image` and `forward_text`.
     """
 
     cfg: CFG
     tokenizer: PreTrainedTokenizerBase
-    max_log_scale: float | torch.Tensor  # where training clamps `log_scale`
-    padded_length: int | None = None  # of every caption in the text tower; None: the longest one's of a batch
+    max_log_scale: float | torch.Tensor  # training clamps `log_scale` here
+    padded_length: int | None = None  # of every caption in the text tower; None: padded to the longest of the batch
 
-    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) normalised pixels -> (B, P)."""
+    def forward_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) normalised pixels -> (B, P), through tower and head."""
         raise NotImplementedError
 
-    def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(C, L) token ids and mask -> (C, P)."""
+    def forward_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(C, L) token ids and mask -> (C, P), through tower and head."""
         raise NotImplementedError
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """What multiplies a cosine to make a logit: 1 / temperature."""
+        """The factor between cosines and logits, already exponentiated: 1 / temperature."""
         return self.log_scale.clamp(max=self.max_log_scale).exp().reshape(())
 
     @property
@@ -88,12 +89,12 @@ class DualEncoder(nn.Module):
     def encode_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) pixels -> (B, P) L2-normalised. uint8 pixels are normalised here, floats are not."""
         if pixel_values.dtype == torch.uint8:
-            pixel_values = self.normalise(pixel_values)
+            pixel_values = self.normalize_pixels(pixel_values)
         with autocast(self.cfg, "image", self.device):
-            features = self.image_features(pixel_values.contiguous(memory_format=memory_format(self.cfg)))
-        return F.normalize(features.float(), dim=-1)
+            embeddings = self.forward_image(pixel_values.contiguous(memory_format=memory_format(self.cfg)))
+        return F.normalize(embeddings.float(), dim=-1)
 
-    def normalise(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def normalize_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 pixels -> float32, with the mean and deviation that the image tower expects.
 
         In one pass over rows of S x 3 numbers: three channels alone would not fill the processor's vectors, which
@@ -108,11 +109,11 @@ class DualEncoder(nn.Module):
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(C, L) token ids and mask -> (C, P) L2-normalised."""
         with autocast(self.cfg, "text", self.device):
-            features = self.text_features(input_ids, attention_mask)
-        return F.normalize(features.float(), dim=-1)
+            embeddings = self.forward_text(input_ids, attention_mask)
+        return F.normalize(embeddings.float(), dim=-1)
 
     def project(self, tower: str, features: torch.Tensor) -> torch.Tensor:
-        """What enters the head of the "image" or "text" tower, (N, D), -> (N, P) L2-normalised."""
+        """Features of the "image" or "text" tower, (N, D), through its head -> (N, P) L2-normalised."""
         with autocast(self.cfg, tower, self.device):
             projected = self.heads[tower](features)
         return F.normalize(projected.float(), dim=-1)
@@ -140,7 +141,7 @@ class DualEncoder(nn.Module):
     def compile_towers(self) -> None:
         """torch.compile both towers, in place; compilation happens when they are first called."""
         for part, tower in self.towers.items():
-            tower.compile(dynamic=part == "text")  # captions have another length in every batch
+            tower.compile(dynamic=part == "text")  # the length of captions changes from batch to batch
 
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
@@ -154,7 +155,7 @@ class DualEncoder(nn.Module):
 def _chunks(attention_mask: torch.Tensor) -> list[tuple[torch.Tensor | slice, int]]:
     """Captions that go through a tower together, as rows of the mask (C, L), and their padded length.
 
-    On a CPU these are captions of like length: there padding costs as much as words do.
+    On a CPU these are captions of similar length, since padding costs as much time as words there.
     """
     if attention_mask.device.type != "cpu" or len(attention_mask) <= _CHUNK:
         return [(slice(None), attention_mask.shape[1])]
@@ -181,70 +182,52 @@ class CLIPModel(DualEncoder):
     max_log_scale = math.log(MAX_LOGIT_SCALE)
 
     def __init__(
-        self,
-        cfg: CFG | type[CFG] = CFG,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        text_config: object = None,
+        self, cfg: CFG | type[CFG] = CFG, tokenizer: PreTrainedTokenizerBase | None = None, text_config: object = None
     ):
         super().__init__()
         cfg = cfg() if isinstance(cfg, type) else cfg
         self.tokenizer = tokenizer or build_tokenizer(cfg)
-        self.image_encoder = ImageEncoder(
-            cfg.model_name,
-            cfg.pretrained,
-            cfg.trainable,
-            cfg.image_weights,
-            cfg.size,
-        )
-        self.text_encoder = TextEncoder(
-            cfg.text_encoder_model,
-            cfg.pretrained,
-            cfg.trainable,
-            cfg.text_pooling,
-            len(self.tokenizer),
-            text_config,
-        )
-        if cfg.text_tokenizer:
+        self.image_encoder = build_image_encoder(cfg)
+        self.text_encoder = build_text_encoder(cfg, len(self.tokenizer), text_config)
+        if cfg.text_tokenizer and isinstance(self.text_encoder, TextEncoder):
             check_vocabulary(self.tokenizer, self.text_encoder.model.config.vocab_size)
-        loss = "infonce" if cfg.loss == "auto" else cfg.loss  # there is no pretrained CLIP to ask
-        self.cfg = cfg = dataclasses.replace(cfg, size=cfg.size or self.image_encoder.size, loss=loss)
-        self.tokenizer.model_max_length = min(
-            cfg.max_length, self.text_encoder.max_length, self.tokenizer.model_max_length
-        )
+        loss = "infonce" if cfg.loss == "auto" else cfg.loss  # there is no pretrained CLIP whose loss it could be
+        self.cfg = cfg = dataclasses.replace(cfg, size=cfg.size or getattr(self.image_encoder, "size", 224), loss=loss)
+        longest = getattr(self.text_encoder, "max_length", cfg.max_length)
+        self.tokenizer.model_max_length = min(cfg.max_length, longest, self.tokenizer.model_max_length)
         self.image_projection = _head(self.image_encoder.out_dim, cfg.image_dropout, cfg)
         self.text_projection = _head(self.text_encoder.out_dim, cfg.text_dropout, cfg)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / cfg.temperature)), cfg.loss != "soft_target")
         # SigLIP's bias (Zhai et al. 2023, section 3): without it the many negatives swamp the first steps
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if cfg.loss == "sigmoid" else None
-        shape = (1, 3, 1, 1)
-        self.register_buffer("mean", 255 * torch.tensor(self.image_encoder.mean).view(shape), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(self.image_encoder.std).view(shape), persistent=False)
+        for name, default in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD)):
+            values = torch.tensor(list(getattr(self.image_encoder, name, default))).view(1, 3, 1, 1)
+            self.register_buffer(name, 255 * values, persistent=False)
         freeze(self, cfg)
         self.apply_memory_format()
 
     @property
     def towers(self) -> dict[str, nn.Module]:
-        # An encoder of the user's own may have been put in the place of ours, and need have no `model` in it
-        encoders = {"image": self.image_encoder, "text": self.text_encoder}
-        return {part: getattr(encoder, "model", encoder) for part, encoder in encoders.items()}
+        encoders = {"image": self.image_encoder, "text": self.text_encoder}  # ours, or modules of the user's own
+        return {part: encoder.model if isinstance(encoder, Tower) else encoder for part, encoder in encoders.items()}
 
     @property
     def heads(self) -> dict[str, nn.Module]:
         return {"image": self.image_projection, "text": self.text_projection}
 
     def architecture(self) -> object:
-        """The transformers configuration that, with `cfg`, rebuilds this model without a hub."""
-        return self.text_encoder.model.config
+        """The transformers configuration that, with `cfg`, rebuilds this model; None for a text encoder without one."""
+        return self.text_encoder.model.config if isinstance(self.text_encoder, TextEncoder) else None
 
-    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.image_projection(self.image_encoder(pixel_values))  # (B, 3, S, S) -> (B, D) -> (B, P)
 
-    def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.text_projection(features_in_chunks(self.text_encoder, input_ids, attention_mask))
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise UserError where a tokenizer knows more tokens than a text tower has embeddings."""
+    """Raise UserError where a tokenizer has more tokens than a text tower has embeddings."""
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"text_tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: "

@@ -1,4 +1,4 @@
-"""Image and text encoders by name, or from local weights. Each has `.out_dim`, so nothing is typed twice."""
+"""Image and text encoders by name, from local weights, or from a function of the user's own. Each has `.out_dim`."""
 
 from __future__ import annotations
 
@@ -7,32 +7,59 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..config import CFG
 from ..errors import UserError, suggest
-from ..hub import SMALL_BERTS, hub_access, hub_name, local_path, no_loading_bar
+from ..hub import SMALL_BERTS, hub_access, import_function, is_function, load_pretrained, local_path
 
 # Architectures that can be built from random weights without asking a hub for their configuration
 _KNOWN_CONFIGS = {
-    "distilbert-base-uncased": "distilbert",
-    "distilbert/distilbert-base-uncased": "distilbert",
-    "bert-base-uncased": "bert",
-    "google-bert/bert-base-uncased": "bert",
-    "roberta-base": "roberta",
-    "FacebookAI/roberta-base": "roberta",
-}
+    "distilbert-base-uncased": "distilbert", "distilbert/distilbert-base-uncased": "distilbert",
+    "bert-base-uncased": "bert", "google-bert/bert-base-uncased": "bert",
+    "roberta-base": "roberta", "FacebookAI/roberta-base": "roberta",
+}  # fmt: skip
+
+
+def build_image_encoder(cfg: CFG) -> nn.Module:
+    """The image encoder of `cfg.model_name`: a timm model, or what `module:function` returns for `cfg`.
+
+    Such a module of the user's own maps (B, 3, S, S) normalised pixels to (B, D) and has `out_dim`, D. Optional are
+    `mean` and `std` of the pixels (three numbers each in 0 to 1; ImageNet's otherwise) and `size`, S where cfg.size is
+    0. Its function is called again, with cfg.pretrained False, when a saved model is loaded.
+    """
+    if not is_function(cfg.model_name):
+        return ImageEncoder(cfg.model_name, cfg.pretrained, cfg.trainable, cfg.image_weights, cfg.size)
+    encoder = _own_encoder(cfg.model_name, "model_name", cfg)
+    if cfg.pretrained and cfg.image_weights:
+        load_weights(encoder, cfg.image_weights)
+    return encoder
+
+
+def build_text_encoder(cfg: CFG, vocab_size: int, config: object = None) -> nn.Module:
+    """The text encoder of `cfg.text_encoder_model`: a transformers model, or what `module:function` returns for `cfg`.
+
+    Such a module of the user's own maps `input_ids` and `attention_mask` (C, L) to (C, D) and has `out_dim`, D.
+    """
+    name = cfg.text_encoder_model
+    if is_function(name):
+        return _own_encoder(name, "text_encoder_model", cfg)
+    return TextEncoder(name, cfg.pretrained, cfg.trainable, cfg.text_pooling, vocab_size, config)
+
+
+def _own_encoder(name: str, setting: str, cfg: CFG) -> nn.Module:
+    encoder = import_function(name, setting)(cfg)
+    if not isinstance(encoder, nn.Module) or not isinstance(getattr(encoder, "out_dim", None), int):
+        raise UserError(f"{setting} {name!r} must return a torch module whose out_dim is the number of its features")
+    return encoder
 
 
 class Tower(nn.Module):
-    """What both encoders share: a frozen one stays in eval mode, so its batch-norm statistics stay too."""
+    """A network as `model` with `out_dim` features. Where it is not `trainable` it is frozen and stays in eval mode."""
 
-    out_dim: int
-
-    def __init__(self, trainable: bool):
+    def __init__(self, model: nn.Module, out_dim: int, trainable: bool):
         super().__init__()
-        self.trainable = trainable
-
-    def _freeze_if_asked(self) -> None:
-        self.requires_grad_(self.trainable)
-        self.train(self.trainable)
+        self.model, self.out_dim, self.trainable = model, out_dim, trainable
+        self.requires_grad_(trainable)
+        self.train(trainable)
 
     def train(self, mode: bool = True) -> Tower:
         return super().train(mode and self.trainable)
@@ -46,14 +73,9 @@ class ImageEncoder(Tower):
     """
 
     def __init__(
-        self,
-        model_name: str = "resnet50",
-        pretrained: bool = True,
-        trainable: bool = True,
-        weights: str = "",
+        self, model_name: str = "resnet50", pretrained: bool = True, trainable: bool = True, weights: str = "",
         size: int | None = None,
-    ):
-        super().__init__(trainable)
+    ):  # fmt: skip
         import timm
 
         if not timm.is_model(model_name):
@@ -63,27 +85,27 @@ class ImageEncoder(Tower):
             default = timm.models.get_pretrained_cfg(model_name)
         except RuntimeError as error:  # a tag that timm does not know, as in resnet18.nosuch
             raise UserError(f"model_name {model_name!r}: {error}") from error
-        sized = {"img_size": size} if size and default is not None and default.fixed_input_size else {}
+        options = {"num_classes": 0}
+        if size and default is not None and default.fixed_input_size:
+            options["img_size"] = size
         if pretrained and not weights:
             remedy = "Give image_weights a local .safetensors or .pth file, or --no-pretrained"
             if not timm.models.is_model_pretrained(model_name):
                 raise UserError(f"timm has no pretrained weights for {model_name!r}. {remedy}")
             with hub_access(f"the weights of {model_name!r}", remedy):
-                self.model = timm.create_model(model_name, pretrained=True, num_classes=0, **sized)
+                model = timm.create_model(model_name, pretrained=True, **options)
         else:
-            self.model = timm.create_model(model_name, num_classes=0, **sized)
+            model = timm.create_model(model_name, **options)
             if pretrained:
-                load_weights(self.model, local_path(weights, "image_weights") or Path(weights))
-        config = timm.data.resolve_model_data_config(self.model)
+                load_weights(model, weights)
+        # A few families pool to another width than that of their last stage
+        super().__init__(model, getattr(model, "head_hidden_size", model.num_features), trainable)
+        config = timm.data.resolve_model_data_config(model)
         self.mean, self.std = config["mean"], config["std"]
         self.size = size or config["input_size"][-1]
-        self.out_dim = self.model.num_features
-        if hasattr(self.model, "head_hidden_size"):  # a few families pool to another width than their last stage
-            self.out_dim = self.model.head_hidden_size
-        self._freeze_if_asked()
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixels)  # (B, 3, S, S) -> (B, D)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values)  # (B, 3, S, S) -> (B, D)
 
 
 class TextEncoder(Tower):
@@ -94,31 +116,23 @@ class TextEncoder(Tower):
     """
 
     def __init__(
-        self,
-        model_name: str = "distilbert-base-uncased",
-        pretrained: bool = True,
-        trainable: bool = True,
-        pooling: str = "cls",
-        vocab_size: int | None = None,
-        config: object = None,
-    ):
-        super().__init__(trainable)
-        self.pooling = pooling
+        self, model_name: str = "distilbert-base-uncased", pretrained: bool = True, trainable: bool = True,
+        pooling: str = "cls", vocab_size: int | None = None, config: object = None,
+    ):  # fmt: skip
         if pretrained:
-            self.model = _pretrained_text_model(model_name)
+            model = _pretrained_text_model(model_name)
         else:
-            self.model = _random_text_model(config or text_config(model_name), vocab_size)
-        self.model.float()  # transformers keeps the precision of the file, which may be half
-        if getattr(self.model, "pooler", None) is not None:
-            self.model.pooler = None  # its output is not used: it would be parameters that never learn
-        self.out_dim = self.model.config.hidden_size
-        self._freeze_if_asked()
+            model = _random_text_model(config or text_config(model_name), vocab_size)
+        model.float()  # transformers loads the precision of the file, which may be half
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # its output is not used: it would be parameters that never learn
+        super().__init__(model, model.config.hidden_size, trainable)
+        self.pooling = pooling
 
     @property
     def max_length(self) -> int:
-        """The longest caption that the position embeddings hold, in tokens."""
-        positions = getattr(self.model.config, "max_position_embeddings", None) or 10**6
-        return positions - 2 if self.model.config.model_type in {"roberta", "xlm-roberta", "camembert"} else positions
+        """The longest caption that the position embeddings allow, in tokens."""
+        return max_positions(self.model.config) or 10**6
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         features = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (C, L, D)
@@ -126,6 +140,13 @@ class TextEncoder(Tower):
             return features[:, 0]  # (C, L, D) -> (C, D)
         weight = attention_mask.unsqueeze(-1).to(features.dtype)  # (C, L, 1)
         return (features * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def max_positions(config) -> int | None:
+    """The tokens that the position embeddings of a transformers text configuration hold; None where any number fits."""
+    positions = getattr(config, "max_position_embeddings", None)
+    # RoBERTa's positions count from that of the padding
+    return positions - 2 if positions and config.model_type in {"roberta", "xlm-roberta", "camembert"} else positions
 
 
 def text_config(model_name: str):
@@ -139,30 +160,20 @@ def text_config(model_name: str):
         return AutoConfig.for_model("bert", **sizes, intermediate_size=4 * hidden)
     if model_name in _KNOWN_CONFIGS:
         return AutoConfig.for_model(_KNOWN_CONFIGS[model_name])
-    return _load(model_name, AutoConfig, "Give text_encoder_model a local folder, or one of the built-in names")
+    return _load(AutoConfig, model_name, "Give text_encoder_model a local folder, or one of the built-in names")
 
 
-def _load(model_name: str, auto_class, remedy: str):
-    """`auto_class.from_pretrained` of a local folder or a hub name; what goes wrong is a UserError."""
-    path = local_path(model_name, "text_encoder_model")
-    if path is not None:
-        try:
-            with no_loading_bar():
-                return auto_class.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"text_encoder_model: {path} holds no transformers model that fits: {reason}") from error
+def _load(auto_class, model_name: str, remedy: str):
     known = [*SMALL_BERTS, *_KNOWN_CONFIGS]
     near = "" if model_name in known else suggest(model_name, known)
-    with hub_access(f"the text encoder {hub_name(model_name)!r}", f"{remedy}.{near}"):
-        return auto_class.from_pretrained(hub_name(model_name))
+    return load_pretrained(auto_class, model_name, "text_encoder_model", "the text encoder", f"{remedy}.{near}")
 
 
 def _auto_model(config):
     """The transformers class to load: of an encoder-decoder such as T5, the encoder alone."""
     from transformers import AutoModel, AutoModelForTextEncoding
 
-    # The configuration of a T5 encoder that was saved says that it has no decoder, but knows of its layers
+    # The saved configuration of a T5 encoder says that there is no decoder, but has its number of layers
     has_decoder = getattr(config, "is_encoder_decoder", False) or hasattr(config, "num_decoder_layers")
     return AutoModelForTextEncoding if has_decoder else AutoModel
 
@@ -171,7 +182,7 @@ def _pretrained_text_model(model_name: str) -> nn.Module:
     from transformers import AutoConfig
 
     remedy = "Give text_encoder_model a local folder, or --no-pretrained"
-    return _load(model_name, _auto_model(_load(model_name, AutoConfig, remedy)), remedy)
+    return _load(_auto_model(_load(AutoConfig, model_name, remedy)), model_name, remedy)
 
 
 def _random_text_model(config, vocab_size: int | None) -> nn.Module:
@@ -182,36 +193,28 @@ def _random_text_model(config, vocab_size: int | None) -> nn.Module:
     return _auto_model(config).from_config(config)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a .safetensors or .pth file: by name, or, where no name agrees, tensor by tensor in order.
+def load_weights(model: nn.Module, weights: str) -> None:
+    """Load the .safetensors or .pth file `weights`: by name, or, where no name agrees, tensor by tensor in order.
 
     A classifier in the file is left out. Raises UserError that names the first tensor that does not fit.
     """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    from timm.models import load_state_dict
 
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each have their own
-        # Of a file that is no pickle torch says in many lines that it may be a dangerous one
-        known = isinstance(error, OSError) or path.suffix == ".safetensors"
-        reason = str(error).splitlines()[0] if known and str(error) else type(error).__name__
-        raise UserError(f"image_weights: {path} cannot be read as weights ({reason})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise UserError(f"image_weights: {path} holds no weights by name, but a {type(state).__name__}")
+    path = local_path(weights, "image_weights") or Path(weights)
+    if not path.is_file():
+        raise UserError(f"image_weights: {path} is not a file of weights")
+    try:
+        state = load_state_dict(path, use_ema=False, weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each have their own, some with misleading advice
+        raise UserError(f"image_weights: {path} cannot be read as weights ({type(error).__name__})") from error
     state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    wanted = model.state_dict()
-    if not state.keys() & wanted.keys():
-        # Another code base's names for the same network: the order of the layers is what agrees.
-        state = dict(zip(wanted, state.values(), strict=False))
-    for name, tensor in wanted.items():
+    expected = model.state_dict()
+    if not state.keys() & expected.keys():
+        # The names are another code base's, but the order of the layers is the same
+        state = dict(zip(expected, state.values(), strict=False))
+    for name, tensor in expected.items():
         found = state.get(name)
         if found is None or found.shape != tensor.shape:
             shape = "is missing" if found is None else f"has shape {tuple(found.shape)}"
-            raise UserError(f"image_weights: {path} does not fit: {name} {shape}, wanted {tuple(tensor.shape)}")
-    model.load_state_dict({name: state[name] for name in wanted})
+            raise UserError(f"image_weights: {path} does not fit: {name} {shape}, expected {tuple(tensor.shape)}")
+    model.load_state_dict({name: state[name] for name in expected})

@@ -23,11 +23,11 @@ from torch import nn
 from ..config import CFG
 from ..errors import UserError
 
-_ADAPTER = "default"  # PEFT's name for the only set of LoRA matrices that there is here
+_ADAPTER = "default"  # the name that PEFT gives a set of LoRA matrices by default; there is only one here
 
 
 class Place(NamedTuple):
-    """Where a parameter sits."""
+    """The position of a parameter in a model."""
 
     part: str  # image, text or head
     below_top: int  # blocks between it and the top of its tower; 0 in the last block and in a head
@@ -80,7 +80,7 @@ def blocks(tower: nn.Module) -> tuple[dict[str, int], int]:
     if hasattr(network, "group_matcher"):  # timm knows the blocks of its families
         from timm.models import group_parameters
 
-        # The last group is of what belongs to no block, as "" does in every family
+        # The last group holds what belongs to no block; the name "" does in every family
         named = SimpleNamespace(named_parameters=lambda: [*network.named_parameters(), ("", None)])
         groups = group_parameters(named, network.group_matcher(coarse=True))  # number -> names; the stem is 0
         return {prefix + name: number for number, group in groups.items() for name in group if name}, max(groups) - 1
@@ -89,7 +89,7 @@ def blocks(tower: nn.Module) -> tuple[dict[str, int], int]:
         return dict.fromkeys(names, 1), 1
     # The list that holds most of the weights; the outermost of equals
     path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    number, outside = {}, 0  # outside the list: the stem, and after its first layer what stands on top
+    number, outside = {}, 0  # outside the list: 0 before its first layer, above the depth after it
     for name in names:
         number[name] = outside
         if name.startswith(f"{path}."):
@@ -99,7 +99,7 @@ def blocks(tower: nn.Module) -> tuple[dict[str, int], int]:
 
 
 def places(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
-    """Every parameter of a dual encoder with its place; what is in no tower belongs to the heads."""
+    """Every parameter of a dual encoder with its place; those outside the towers belong to the heads."""
     heads = {id(p) for head in model.heads.values() for p in head.parameters()}
     place_of: dict[int, Place] = {}
     for part, tower in model.towers.items():
@@ -121,9 +121,9 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def keep_frozen_in_eval(tower: nn.Module, freeze_batch_norm: bool = False) -> None:
-    """Put what is frozen back into eval mode, after `train()`: its dropout is off, its batch statistics stay.
+    """Put frozen modules back into eval mode after `train()`: no dropout, fixed batch-norm statistics.
 
-    With `freeze_batch_norm` every batch norm keeps its statistics, trained or not.
+    With `freeze_batch_norm` the statistics of every batch norm stay fixed, whether its weights train or not.
     """
     for module in tower.modules():
         parameters = list(module.parameters())
@@ -133,7 +133,7 @@ def keep_frozen_in_eval(tower: nn.Module, freeze_batch_norm: bool = False) -> No
 
 
 def _add_lora(tower: nn.Module, rank: int, setting: str) -> None:
-    """Wrap the linear layers and dense convolutions of a tower's blocks in place; only their updates train."""
+    """Add LoRA to the linear layers and dense convolutions of a tower's blocks, in place; only its updates train."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -142,22 +142,24 @@ def _add_lora(tower: nn.Module, rank: int, setting: str) -> None:
     number, depth = blocks(tower)
     inside_attention = tuple(
         f"{name}." for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)
-    )  # torch's attention reads its projection's weight past its forward, and LoRA with it
+    )  # torch's attention uses the weights of its linear layers without calling them, so LoRA would have no effect
     targets = [
         name
         for name, module in tower.named_modules()
         if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and 1 <= number[f"{name}.weight"] <= depth
+        and 1 <= number.get(f"{name}.weight", 0) <= depth
         and not (inside_attention and name.startswith(inside_attention))
     ]
     if not targets:
-        raise UserError(f"{setting} lora: the tower's blocks have no linear layers. Set it to full, first:N or last:N")
+        raise UserError(
+            f"{setting} lora: the tower's blocks have no linear layers. Set it to none, first:N or all-but-last:N"
+        )
     pattern = "|".join(map(re.escape, targets))
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern), tower, _ADAPTER)
 
 
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with LoRA's updates added to the weights: that of the same model without LoRA."""
+    """The state dict of the same model without LoRA: its updates are added to the weights."""
     state = model.state_dict()
     if not any(".lora_" in name for name in state):
         return state

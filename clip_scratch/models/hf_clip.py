@@ -1,7 +1,7 @@
-"""A pretrained CLIP of transformers behind the interface of our own dual encoder.
+"""A pretrained CLIP from transformers behind the interface of our own dual encoder.
 
-Any model with CLIP's two towers: CLIP, SigLIP and SigLIP 2, Chinese-CLIP, VisionTextDualEncoder. The size of its
-images, its pixel statistics, its tokenizer and its longest caption are its own.
+Any model with CLIP's two towers: CLIP, SigLIP and SigLIP 2, Chinese-CLIP, VisionTextDualEncoder. It brings its image
+size, pixel statistics, tokenizer and longest caption.
 """
 
 from __future__ import annotations
@@ -17,36 +17,34 @@ from torch import nn
 from ..config import CFG
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
-from ..hub import hub_access, local_path, no_loading_bar
+from ..hub import load_pretrained
 from .clip import MAX_LOGIT_SCALE, DualEncoder, check_vocabulary, features_in_chunks
+from .encoders import max_positions
 from .freezing import freeze
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 OPENAI_BASE = "openai/clip-vit-base-patch32"  # its architecture is the default of transformers' CLIPConfig
-
 _REMEDY = (
     "Download it where there is a network (hf download NAME --local-dir FOLDER) and set --model-name to that folder"
 )
-_FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers; the others are hardly used, and bicubic is the nearest
+_FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers; others are hardly used, bicubic is the nearest
 
 
 class HFCLIPModel(DualEncoder):
     """A transformers model with `get_image_features` and `get_text_features`, as `hf`.
 
-    `tokenizer` and `hf_config` rebuild a saved model without a hub; its weights and pixel statistics are then to
-    be loaded. Raises UserError for a model that is not of this kind or cannot be had.
+    `tokenizer` and `hf_config` rebuild a saved model without a hub; its weights and pixel statistics are loaded
+    afterwards. Raises UserError for a model that is not of this kind or not available.
     """
 
     ARCHITECTURE = "clip_config.json"  # of a run's best/: what `hf_config` is
 
     def __init__(
-        self,
-        cfg: CFG | type[CFG],
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        self, cfg: CFG | type[CFG], tokenizer: PreTrainedTokenizerBase | None = None,
         hf_config: PretrainedConfig | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         cfg = cfg() if isinstance(cfg, type) else cfg
         self.hf = _random(hf_config) if hf_config is not None else _from_source(cfg)
@@ -66,20 +64,18 @@ class HFCLIPModel(DualEncoder):
         self.tokenizer = tokenizer or build_tokenizer(dataclasses.replace(cfg, text_encoder_model=cfg.model_name))
         if cfg.text_tokenizer:
             check_vocabulary(self.tokenizer, config.text_config.vocab_size)
-        positions = getattr(config.text_config, "max_position_embeddings", None) or cfg.max_length
-        if config.text_config.model_type in {"roberta", "xlm-roberta", "camembert"}:
-            positions -= 2  # they count from the padding's
+        positions = max_positions(config.text_config) or cfg.max_length
         self.tokenizer.model_max_length = min(cfg.max_length, positions, self.tokenizer.model_max_length)
         # SigLIP (Zhai et al. 2023) was trained on captions padded to one length, and no mask hides the padding
         self.padded_length = positions if config.model_type.startswith("siglip") else None
 
-        # Saved with the weights, so that a run needs no other file of the model's
+        # Saved with the weights, since a run holds no image processor
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
         self.own_bias = None
         if cfg.loss == "sigmoid" and not hasattr(self.hf, "logit_bias"):
             self.own_bias = nn.Parameter(torch.tensor(-10.0))
-        # A model may have been trained beyond CLIP's clamp, as SigLIP was
+        # Some models, SigLIP among them, were trained beyond CLIP's clamp
         highest = self.hf.logit_scale.detach().reshape(()).clamp(min=math.log(MAX_LOGIT_SCALE))
         self.register_buffer("max_log_scale", highest.clone())
         self.log_scale.requires_grad_(cfg.loss != "soft_target")
@@ -92,7 +88,7 @@ class HFCLIPModel(DualEncoder):
 
     @property
     def heads(self) -> dict[str, nn.Module]:
-        """What projects into the shared space: a layer of its own, or SigLIP's last layer of each tower."""
+        """The projections into the shared space: layers beside the towers, or SigLIP's last layer of each tower."""
         heads = {"image": "visual_projection", "text": "text_projection"}
         return {
             part: getattr(self.hf, name) if hasattr(self.hf, name) else self.towers[part].head
@@ -105,7 +101,7 @@ class HFCLIPModel(DualEncoder):
 
     @property
     def logit_bias(self) -> nn.Parameter | None:
-        """What the sigmoid loss adds to every logit; None for the other losses."""
+        """The bias that the sigmoid loss adds to every logit; None for the other losses."""
         if self.cfg.loss != "sigmoid":
             return None
         return self.hf.logit_bias if self.own_bias is None else self.own_bias
@@ -114,13 +110,13 @@ class HFCLIPModel(DualEncoder):
         """The transformers configuration that, with `cfg`, rebuilds this model without a hub."""
         return self.hf.config
 
-    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        naflex = self.hf.config.model_type == "siglip2"
-        patch = self.hf.config.vision_config.patch_size
-        inputs = _patches(pixel_values, patch) if naflex else {"pixel_values": pixel_values}
+    def forward_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        inputs = {"pixel_values": pixel_values}
+        if self.hf.config.model_type == "siglip2":
+            inputs = _patches(pixel_values, self.hf.config.vision_config.patch_size)
         return self.hf.get_image_features(**inputs).pooler_output  # (B, P)
 
-    def text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         if self.padded_length:
             length = self.padded_length
             input_ids = F.pad(input_ids, (0, length - input_ids.shape[1]), value=self.tokenizer.pad_token_id)  # (C, L)
@@ -135,7 +131,7 @@ class HFCLIPModel(DualEncoder):
 
 
 def _is_clip(hf: nn.Module) -> bool:
-    """Whether a transformers model has what this backend calls and freezes."""
+    """Whether a transformers model has the towers, projections and methods that this backend uses."""
     projected = [("vision_model", "visual_projection"), ("text_model", "text_projection")]
     towers = all(hasattr(hf, t) and (hasattr(hf, p) or hasattr(getattr(hf, t), "head")) for t, p in projected)
     return towers and all(hasattr(hf, name) for name in ("get_image_features", "get_text_features", "logit_scale"))
@@ -152,18 +148,18 @@ def _refuse_foreign_settings(cfg: CFG) -> None:
     """Raise UserError for a setting that would have no effect."""
     for name in _FROM_SCRATCH:
         if getattr(cfg, name) != getattr(CFG, name):
-            raise UserError(f"{name} is for models from scratch: {cfg.model_name} brings its own. Leave it out")
+            raise UserError(f"{name} is for models from scratch and has no effect on {cfg.model_name}. Leave it out")
 
 
-def _patches(pixels: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
-    """SigLIP 2's input for images of any shape (NaFlex): (B, 3, S, S) -> its patches, their mask and their grid."""
-    n = pixels.shape[-1] // size
-    patches = pixels.unflatten(2, (n, size)).unflatten(4, (n, size))  # (B, 3, n, size, n, size)
+def _patches(pixel_values: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    """SigLIP 2's input for images of any shape (NaFlex): (B, 3, S, S) -> patches, their mask and their grid."""
+    n = pixel_values.shape[-1] // size
+    patches = pixel_values.unflatten(2, (n, size)).unflatten(4, (n, size))  # (B, 3, n, size, n, size)
     patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, n * n, size * size * 3)
     return {
         "pixel_values": patches,
         "pixel_attention_mask": patches.new_ones(patches.shape[:2], dtype=torch.long),
-        "spatial_shapes": torch.full((len(pixels), 2), n, device=pixels.device),
+        "spatial_shapes": torch.full((len(patches), 2), n, device=patches.device),
     }
 
 
@@ -179,40 +175,29 @@ def _from_source(cfg: CFG) -> nn.Module:
 
     if not cfg.pretrained:
         known = cfg.model_name == OPENAI_BASE
-        return _random(CLIPConfig() if known else _load(AutoConfig, cfg.model_name, "the configuration of"))
-    model, loading = _load(
-        AutoModel, cfg.model_name, "the weights of", dtype=torch.float32, output_loading_info=True
-    )  # as they are in the file, they may be in half precision
+        return _random(CLIPConfig() if known else _load(AutoConfig, cfg, "the configuration of the CLIP"))
+    # In fp32, whatever the precision of the file
+    model, loading = _load(AutoModel, cfg, "the CLIP", dtype=torch.float32, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"model_name: {cfg.model_name} has no weights for {len(missing)} tensors, {missing[0]} first")
     return model
 
 
-def _load(auto_class, name: str, what: str, **options: object):
-    """`auto_class.from_pretrained` of a local folder or a hub name; what goes wrong is a UserError."""
-    path = local_path(name, "model_name")
-    if path is None:
-        with hub_access(f"{what} {name!r} (no folder here is called so)", _REMEDY):
-            return auto_class.from_pretrained(name, **options)
-    try:
-        with no_loading_bar():
-            return auto_class.from_pretrained(path, local_files_only=True, **options)
-    except Exception as error:  # transformers, safetensors and torch each have their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model_name: {path} is not a CLIP that transformers can load: {reason}") from error
+def _load(auto_class, cfg: CFG, what: str, **options: object):
+    return load_pretrained(auto_class, cfg.model_name, "model_name", what, _REMEDY, **options)
 
 
 def _image_geometry(cfg: CFG) -> dict[str, object]:
-    """size, resize, interpolation, mean and std of the model's own image processor.
+    """size, resize, interpolation, mean and std of the model's image processor.
 
-    SigLIP 2 for images of any shape (NaFlex) keeps their shape; here they are stretched to its square.
+    SigLIP 2 for images of any shape (NaFlex) keeps their aspect ratio; here they are stretched to a square.
     """
     from transformers import AutoImageProcessor, CLIPImageProcessor
 
     if not cfg.pretrained and cfg.model_name == OPENAI_BASE:
         processor = CLIPImageProcessor()
     else:
-        processor = _load(AutoImageProcessor, cfg.model_name, "the image processor of")
+        processor = _load(AutoImageProcessor, cfg, "the image processor of the CLIP")
     size = dict(getattr(processor, "size", None) or {})
     if getattr(processor, "max_num_patches", None):  # SigLIP 2 for images of any shape: the square of so many patches
         size = {"height": processor.patch_size * int(processor.max_num_patches**0.5)}
@@ -222,7 +207,9 @@ def _image_geometry(cfg: CFG) -> dict[str, object]:
     if short and short < 384 and getattr(processor, "crop_pct", None):  # ConvNeXT's: resized to more, then cropped
         crop, short = True, int(short / processor.crop_pct)
     if not side or any(getattr(processor, name, None) is None for name in ("resample", "image_mean", "image_std")):
-        raise UserError(f"model_name: {cfg.model_name} has a {type(processor).__name__}, which does not tell its size")
+        raise UserError(
+            f"model_name: {cfg.model_name} has a {type(processor).__name__}, without the size of its images"
+        )
     return {
         "size": int(side),
         "resize": (f"crop:{short}" if short and short != side else "crop") if crop else "stretch",
@@ -233,6 +220,6 @@ def _image_geometry(cfg: CFG) -> dict[str, object]:
 
 
 def _projection_dim(config: PretrainedConfig) -> int:
-    """P: CLIP's own setting, or the width of SigLIP's text head, which is its image tower's too."""
+    """P: CLIP's setting, or the width of SigLIP's text head, which is also that of its image tower."""
     own = getattr(config, "projection_dim", None)
     return own or getattr(config.text_config, "projection_size", None) or config.text_config.hidden_size

@@ -1,10 +1,12 @@
 """A saved model: the folder `best/` of a run, which needs nothing else to be loaded.
 
 model.safetensors    weights; epoch, metrics and git commit in its header
-config.json          the settings of the model
+config.json          the settings of the model, as resolved; the run folder's own config.json holds those asked for
 text_config.json     the transformers configuration of the text tower (clip_config.json for a pretrained CLIP)
-metrics.json         epoch, metrics and git commit again, to be read by people
+metrics.json         epoch, metrics and git commit again, for people to read
 tokenizer files
+
+Nothing is unpickled. An encoder of the user's own, `module:function`, is imported, but not from the run folder.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +24,7 @@ import torch
 from ..config import CFG
 from ..errors import UserError
 from ..files import write_atomically, write_json
+from ..hub import is_function
 from .build import model_class
 from .clip import DualEncoder
 from .freezing import merged_state
@@ -28,7 +33,7 @@ WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, or "" outside a checkout."""
+    """The commit of this code, or "" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
@@ -36,18 +41,19 @@ def git_commit() -> str:
 
 
 def prepare_best(folder: Path, model: DualEncoder, cfg: CFG) -> None:
-    """Write what of `best/` never changes: settings, tokenizer, the transformers configuration."""
+    """Write the files of `best/` that never change: settings, tokenizer, the transformers configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SETTINGS, dataclasses.asdict(cfg))
-    write_json(folder / model.ARCHITECTURE, json.loads(model.architecture().to_json_string(use_diff=False)))
+    architecture = model.architecture()
+    write_json(folder / model.ARCHITECTURE, architecture and json.loads(architecture.to_json_string(use_diff=False)))
     model.tokenizer.save_pretrained(folder)
 
 
 def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[str, float]) -> None:
-    """Replace the weights of `best/` in one rename; their header tells the epoch, the metrics and the commit.
+    """Replace the weights of `best/` in one rename; their header has the epoch, the metrics and the commit.
 
-    LoRA's updates are merged into the weights, so that whoever loads them needs no PEFT; in bf16 the merged model's
-    figures may differ from `metrics` in the last digit shown.
+    LoRA's updates are merged into the weights, so that loading needs no PEFT; in bf16 the merged model's metrics may
+    differ from `metrics` in the last digit shown.
     """
     from safetensors.torch import save_file
 
@@ -58,41 +64,63 @@ def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[st
     write_json(folder / "metrics.json", {"epoch": epoch, **metrics, "git_commit": header["git_commit"]})
 
 
+def best_folder(run: str | Path) -> Path:
+    """The `best/` of a run that is named by its folder or by `best/` itself. Raises UserError where it is no run."""
+    best = Path(run, "best") if os.path.isdir(Path(run, "best")) else Path(run)
+    if not os.path.isfile(best / SETTINGS):
+        raise UserError(f"{run} is not a run folder: there is no {best / SETTINGS}")
+    return best
+
+
 def run_config(folder: str | Path) -> CFG:
-    """The settings of a run folder, or of its `best/`. Raises UserError where it is none."""
+    """The settings in the config.json of exactly this folder. Raises UserError where there is none."""
     path = Path(folder) / SETTINGS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{folder} is not a run folder: there is no {path}")
     known = {field.name for field in dataclasses.fields(CFG)}
     try:
         saved = json.loads(path.read_text())
         return CFG(**{name: value for name, value in saved.items() if name in known})
-    except (ValueError, AttributeError, UserError) as error:
+    except (OSError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
 def bare_model(best: Path, training: bool = False) -> DualEncoder:
-    """The model that the static files of a `best/` folder describe, with random weights: no hub is asked.
+    """The model that the static files of a `best/` folder describe, with random weights; no hub is asked.
 
-    For `training` with LoRA's matrices, where its settings have them. Raises UserError where the folder is no
-    run's.
+    For `training` with LoRA's matrices, where its settings have them. Raises UserError for another or a damaged folder.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     cfg = run_config(best)
-    kind = model_class(cfg)
+    _refuse_code_in(best, cfg)
+    model_cls = model_class(cfg)
     try:
-        architecture = AutoConfig.for_model(**json.loads((best / kind.ARCHITECTURE).read_text()))
-        tokenizer = AutoTokenizer.from_pretrained(best, config=architecture, local_files_only=True)
+        config = json.loads((best / model_cls.ARCHITECTURE).read_text())
+        architecture = None if config is None else AutoConfig.for_model(**config)
+        tokenizer = AutoTokenizer.from_pretrained(
+            best, config=architecture, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{best} is damaged: {str(error).splitlines()[0]}") from error
     bare = dataclasses.replace(cfg, pretrained=False, image_weights="", text_tokenizer="")
     if not training:
         merged = {name: "none" for name in ("image_freeze", "text_freeze") if getattr(cfg, name) == "lora"}
         bare = dataclasses.replace(bare, **merged)
-    model = kind(bare, tokenizer, architecture)
+    model = model_cls(bare, tokenizer, architecture)
     model.cfg = cfg
     return model
+
+
+def _refuse_code_in(best: Path, cfg: CFG) -> None:
+    """Raise UserError where an encoder's module lies in the run folder, whose author may be somebody else."""
+    run = best.resolve().parent if best.resolve().name == "best" else best.resolve()
+    for name in filter(is_function, (cfg.model_name, cfg.text_encoder_model)):
+        file = Path(*name.partition(":")[0].split("."))
+        if any(Path(entry, file).resolve().is_relative_to(run) for entry in sys.path):
+            raise UserError(
+                f"{best / SETTINGS}: no code is imported from a run folder. Put the module of {name} elsewhere"
+            )
 
 
 def load(path: str | Path, device: str = "cpu") -> DualEncoder:
@@ -103,10 +131,7 @@ def load(path: str | Path, device: str = "cpu") -> DualEncoder:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(path)
-    best = folder / "best" if (folder / "best").is_dir() else folder
-    if not (best / SETTINGS).is_file():
-        raise UserError(f"{folder} is not a run folder: there is no {best / SETTINGS}")
+    best = best_folder(path)
     if not (best / WEIGHTS).is_file():
         raise UserError(f"{best} holds no weights yet: the run has not finished its first epoch")
     model = bare_model(best)

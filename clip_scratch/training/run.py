@@ -236,6 +236,17 @@ def load_tree(path: Path) -> dict:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {best} may still be loaded") from error
 
 
+def saved_fingerprint(run: Path) -> str:
+    """The fingerprint of the captions that a run was trained on; "" where its last/ is missing."""
+    from safetensors import safe_open
+
+    path = run / "last" / STATE
+    if not path.is_file():
+        return ""
+    with safe_open(path, "pt") as file:
+        return dict(json.loads(file.metadata()["tree"])["dict"])["fingerprint"]
+
+
 class Interrupt:
     """Ctrl-C and SIGTERM ask to stop after the current step; a second one stops at once."""
 

@@ -1,0 +1,80 @@
+"""A dual encoder as an ordinary transformers folder: written, and read back as plain transformers reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..config import CFG
+from ..data.images import shorter_side
+from ..data.loaders import Batch
+from ..hub import no_loading_bar
+from ..models.clip import CLIPModel, DualEncoder
+from ..models.hf_clip import HFCLIPModel
+from .dual_encoder import check_expressible, to_dual_encoder
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+
+def check_exportable(model: DualEncoder) -> None:
+    """Raise UserError, which names the setting, where no class of transformers computes what the model does."""
+    if isinstance(model, CLIPModel):
+        check_expressible(model)
+
+
+def write_transformers_folder(model: DualEncoder, folder: Path, batches: Iterable[Batch]) -> None:
+    """Write weights, tokenizer and image processor for AutoModel, AutoTokenizer and AutoImageProcessor.
+
+    A fine-tuned CLIP keeps its class. A model from scratch becomes a VisionTextDualEncoderModel, whose image head is
+    fitted to the images of `batches`.
+    """
+    with no_loading_bar():
+        if isinstance(model, HFCLIPModel):
+            model.hf.save_pretrained(folder)
+        else:
+            to_dual_encoder(model, _image_features(model, batches)).save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    image_processor(model).save_pretrained(folder)
+
+
+def read_transformers_folder(folder: Path, max_length: int) -> HFCLIPModel:
+    """The model of a written folder, in fp32 and eval mode, with captions cut at `max_length` tokens."""
+    cfg = CFG(backend="hf_clip", model_name=folder, size=0, loss="auto", max_length=max_length, precision="fp32")
+    return HFCLIPModel(cfg).eval()
+
+
+@torch.no_grad()
+def _image_features(model: CLIPModel, batches: Iterable[Batch]) -> torch.Tensor:
+    """What enters the image head, for all images of the batches: (N, D) on the CPU."""
+    pixel_values = (batch["pixel_values"].to(model.device) for batch in batches)
+    return torch.cat([model.image_encoder(model.normalize_pixels(pixels)).cpu() for pixels in pixel_values])
+
+
+def image_processor(model: DualEncoder) -> BaseImageProcessor:
+    """The transformers image processor for the images that `model` evaluates, normalisation included.
+
+    There is no area filter in transformers: bilinear, which has antialiasing there, is the nearest to it.
+    """
+    from PIL.Image import Resampling
+    from transformers import CLIPImageProcessor, Siglip2ImageProcessor, ViTImageProcessor
+
+    cfg = model.cfg
+    settings = {
+        "resample": Resampling.BICUBIC if cfg.interpolation == "bicubic" else Resampling.BILINEAR,
+        "image_mean": (model.mean / 255).flatten().tolist(),
+        "image_std": (model.std / 255).flatten().tolist(),
+        "do_convert_rgb": True,
+    }
+    square = {"height": cfg.size, "width": cfg.size}
+    if (
+        isinstance(model, HFCLIPModel) and model.hf.config.model_type == "siglip2"
+    ):  # takes patches, of images of any shape
+        patch = model.hf.config.vision_config.patch_size
+        return Siglip2ImageProcessor(patch_size=patch, max_num_patches=(cfg.size // patch) ** 2, **settings)
+    if short := shorter_side(cfg):
+        return CLIPImageProcessor(size={"shortest_edge": short}, crop_size=square, **settings)
+    return ViTImageProcessor(size=square, **settings)
