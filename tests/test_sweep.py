@@ -17,7 +17,7 @@ NAMES = ["zero-shot", *strategies(3, 1e-5)]
 
 
 def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, plain, tmp_path, monkeypatch, capsys):
-    """Interrupted in the middle of `none`, continued, and called again; the runs are long enough to measure precision."""
+    """Interrupted in the middle of `none`, continued, and called again, with runs long enough to measure precision."""
     monkeypatch.setattr(start, "MIN_STEPS", 1)
     cfg = hf_cfg(epochs=1, lora_rank=2, run_dir=str(tmp_path / "sweep"))
     train_epoch, trained = engine.train_epoch, []
