@@ -63,8 +63,8 @@ def plain(monkeypatch):
     """No pictures: they take most of the time of so small a run."""
     import clip_scratch.training.report as report
 
-    monkeypatch.setattr(report, "draw_epoch", lambda *_: None)
-    monkeypatch.setattr(report, "report_run", lambda *_: None)
+    monkeypatch.setattr(report.Report, "picture", lambda *_, **__: None)
+    monkeypatch.setattr(report.Report, "end", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +134,7 @@ def tiny_tokenizer(_trained_tokenizer):
 @pytest.fixture(scope="session")
 def scene_run(tmp_path_factory):
     """A finished run on 240 built-in scenes: `.folder` of the run, and `.cwd`, where its data lie."""
-    from clip_scratch.config import PRESETS
+    from clip_scratch.presets import PRESETS
     from clip_scratch.train import main
 
     cwd = tmp_path_factory.mktemp("scenes")
@@ -244,7 +244,7 @@ def hf_clip(tmp_path_factory, tiny_data, _trained_tokenizer):
 @pytest.fixture
 def hf_cfg(tiny_data, hf_clip):
     """Settings that fine-tune one of the tiny CLIPs on `tiny_data` in a second or two: 5 batches an epoch."""
-    from clip_scratch.config import HFClip
+    from clip_scratch.presets import HFClip
 
     def make(kind="clip", **settings):
         rates = {"head_lr": 1e-3, "image_encoder_lr": 1e-3, "text_encoder_lr": 1e-3}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # albumentations asks the network for a newer release when it is imported
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
 
 def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """An image file, PIL image or array as RGB uint8, (H, W, 3).
@@ -45,6 +47,20 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
+
+
+def images_below(folder: Path) -> list[str]:
+    """The image files below a folder, as sorted paths relative to it. Raises UserError where there are none.
+
+    Hidden files are skipped, and with them macOS's AppleDouble files (`._x.jpg`), which are not images.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    names = sorted(str(path.relative_to(folder)) for path in found if not path.name.startswith("."))
+    if not names:
+        raise UserError(f"there are no images below {folder}")
+    return names
 
 
 def image_transform(cfg: CFG, train: bool):
