@@ -11,25 +11,22 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_scratch import CFG, evaluate
+from clip_scratch import CFG
 from clip_scratch.cli import parse
+from clip_scratch.compare import Arguments, main
+from clip_scratch.data.captions import fingerprint_of
 from clip_scratch.errors import UserError
+from clip_scratch.evaluate import evaluate
 from clip_scratch.evaluation import bootstrap, comparison
-from clip_scratch.evaluation.comparison import (
-    Comparison,
-    Measured,
-    Row,
-    compare,
-    fingerprint_of,
-    read_zero_shot,
-    save_zero_shot,
-)
+from clip_scratch.evaluation.comparison import Comparison, Row, compare
+from clip_scratch.evaluation.measure import Measured, read_zero_shot, save_zero_shot
 from clip_scratch.evaluation.run_record import UNTRAINED, RunRecord, read_record
-from clip_scratch.training import checkpoint
+from clip_scratch.files import write_json
 
 # ---- bootstrap
 
@@ -89,7 +86,7 @@ def test_bootstrap_properties(data, n):
 
 def measured(image_rank, text_rank, own, names=None):
     names = names or [f"{i}.png" for i in range(len(text_rank))]
-    return Measured(names, torch.tensor(own), torch.tensor(image_rank), torch.tensor(text_rank))
+    return Measured(names, torch.tensor(own), torch.tensor(image_rank), torch.tensor(text_rank), "")
 
 
 def row(name, found, zero_shot=False, model="m", **record):
@@ -171,7 +168,7 @@ def test_a_mixture_is_not_called_an_epoch(table):
     record.best_epoch, record.wise_ft_alpha = 10, 0.3
     text = table.text()
     assert "same: 0.3 of the fine-tuned weights of epoch 10, the rest zero-shot (WiSE-FT)." in text
-    assert "10 (mixed)" in text and "no epoch was better" not in text
+    assert "10 (averaged)" in text and "no epoch was better" not in text
     record.best_epoch, record.wise_ft_alpha = 0, 0.0
     assert "same: 0 of the fine-tuned weights, the rest zero-shot (WiSE-FT)." in table.text()
 
@@ -212,7 +209,7 @@ def test_chart(table, tmp_path):
     table.rows[0].name = "zero-shot a $5 name, so long that it has to be broken into several lines to fit"
     path = table.chart(tmp_path / "chart.png")
     assert Image.open(path).size[0] > 900 and not list(tmp_path.glob(".*"))
-    with pytest.raises(UserError, match="ends in none of"):
+    with pytest.raises(UserError, match="must end in one of"):
         table.chart(tmp_path / "chart.xyz")
 
 
@@ -225,17 +222,17 @@ def test_chart(table, tmp_path):
         ({}, "1e-5", "nothing"),
         ({"head_lr": 1e-3}, "1e-5 image + text, 1e-3 heads", "nothing"),
         ({"image_freeze": "first:6"}, "1e-5", "image: first 6 blocks; text: nothing"),
-        ({"image_freeze": "heads", "text_freeze": "heads", "head_lr": 2e-4}, "2e-4", "all but the projection"),
+        ({"image_freeze": "backbone", "text_freeze": "backbone", "head_lr": 2e-4}, "2e-4", "all but the projection"),
         ({"image_freeze": "lora", "text_freeze": "lora"}, "1e-3 image LoRA + text LoRA, 1e-5 heads",
          "all (LoRA, rank 8)"),
-        ({"image_freeze": "frozen", "text_freeze": "last:2"}, "1e-5",
+        ({"image_freeze": "all", "text_freeze": "all-but-last:2"}, "1e-5",
          "image: all; text: all but the last 2 blocks"),
         ({"trainable": False}, "1e-5", "all but the projection"),
     ],
 )  # fmt: skip
 def test_what_trained_and_how_fast(tmp_path, setting, rates, frozen):
     cfg = CFG(**{"head_lr": 1e-5, "image_encoder_lr": 1e-5, "text_encoder_lr": 1e-5} | setting)
-    checkpoint.write_json(tmp_path / "config.json", dataclasses.asdict(cfg))
+    write_json(tmp_path / "config.json", dataclasses.asdict(cfg))
     record = read_record(tmp_path)
     assert (record.learning_rates, record.frozen) == (rates, frozen)
     assert record.epochs is record.wall_seconds is record.trained_parameters is None
@@ -246,17 +243,17 @@ def test_a_zero_shot_run_of_which_best_alone_was_kept(tmp_path, with_run):
     best = tmp_path / "best" if with_run else tmp_path
     best.mkdir(exist_ok=True)
     cfg = {"backend": "hf_clip", "head_lr": 1e-5, "image_encoder_lr": 1e-5, "text_encoder_lr": 1e-5}
-    checkpoint.write_json(best / "config.json", dataclasses.asdict(CFG(**cfg)))
-    checkpoint.write_json(best / "metrics.json", {"epoch": 0, "rsum": 300.0})
+    write_json(best / "config.json", dataclasses.asdict(CFG(**cfg)))
+    write_json(best / "metrics.json", {"epoch": 0, "rsum": 300.0})
     record = read_record(tmp_path)
     assert (record.epochs, record.best_epoch, record.frozen, record.learning_rates) == (0, 0, "all", "none")
-    checkpoint.write_json(best / "metrics.json", {"epoch": 10, "rsum": 300.0, "wise_ft_alpha": 0.2})
+    write_json(best / "metrics.json", {"epoch": 10, "rsum": 300.0, "wise_ft_alpha": 0.2})
     record = read_record(tmp_path)
     assert (record.epochs, record.best_epoch, record.wise_ft_alpha) == (None, 10, 0.2)
     assert record.learning_rates == "1e-5"
     # Where the epochs are known they tell, whatever was kept
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 3, "trained_parameters": 7}\n')
-    checkpoint.write_json(best / "metrics.json", {"epoch": 0, "rsum": 300.0})
+    write_json(best / "metrics.json", {"epoch": 0, "rsum": 300.0})
     record = read_record(tmp_path)
     assert (record.epochs, record.best_epoch, record.trained_parameters) == (3, 0, 7)
 
@@ -264,19 +261,16 @@ def test_a_zero_shot_run_of_which_best_alone_was_kept(tmp_path, with_run):
 # ---- zero_shot.json
 
 
-def test_zero_shot_is_kept(tmp_path):
+def test_zero_shot_is_recorded(tmp_path):
     path = tmp_path / "zero_shot.json"
     own, image_rank, text_rank = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), torch.tensor([1, 3])
-    save_zero_shot(path, "openai/clip", ["a.jpg", "b.jpg"], own, image_rank, text_rank)
+    save_zero_shot(path, "openai/clip", ["a.jpg", "b.jpg"], own, image_rank, text_rank, "1234")
     saved = json.loads(path.read_text())
     assert saved["split"] == "valid" and saved["images"] == ["a.jpg", "b.jpg"] and saved["text_rank"] == [1, 3]
-    name, read = read_zero_shot(path)
-    assert name == "openai/clip" and torch.equal(read.image_rank, image_rank) and torch.equal(read.text_rank, text_rank)
-    assert read.metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3) and read.fingerprint == ""
-    save_zero_shot(path, "openai/clip", ["a.jpg", "b.jpg"], own, image_rank, text_rank, "1234")
-    assert read_zero_shot(path)[1].fingerprint == "1234"
-    path.write_text(json.dumps({name: value for name, value in saved.items() if name != "fingerprint"}))
-    assert read_zero_shot(path)[1].fingerprint == ""  # as older runs wrote it
+    assert saved["model_name"] == "openai/clip"
+    read = read_zero_shot(path)
+    assert torch.equal(read.image_rank, image_rank) and torch.equal(read.text_rank, text_rank)
+    assert read.metrics["image_retrieval_recall@1"] == pytest.approx(1 / 3) and read.fingerprint == "1234"
     nothing = {"images": [], "image_of_caption": [], "image_rank": [], "text_rank": []}
     for damage in (
         {"text_rank": [1]}, {"image_of_caption": [0, 0, 7]}, {"image_of_caption": [0, 0, 0]}, {"image_rank": [1, 1]},
@@ -285,9 +279,10 @@ def test_zero_shot_is_kept(tmp_path):
         path.write_text(json.dumps(saved | damage))
         with pytest.raises(UserError, match="zero_shot.json is damaged"):
             read_zero_shot(path)
-    path.write_text("{")
-    with pytest.raises(UserError, match="zero_shot.json is damaged"):
-        read_zero_shot(path)
+    for text in ("{", json.dumps({name: value for name, value in saved.items() if name != "fingerprint"})):
+        path.write_text(text)
+        with pytest.raises(UserError, match="zero_shot.json is damaged"):
+            read_zero_shot(path)
 
 
 def test_fingerprints(tiny_data):
@@ -322,7 +317,7 @@ def like_a_fine_tuned_run(scene_run, folder, epochs=5):
     """A copy of the scenes run with the files of a fine-tuned one: zero_shot.json, epoch 0, its parameters and time."""
     shutil.copytree(scene_run.folder, folder, ignore=shutil.ignore_patterns("events*", "last"))
     best = json.loads((folder / "best/config.json").read_text())
-    checkpoint.write_json(folder / "best/config.json", best | {"backend": "hf_clip"})
+    write_json(folder / "best/config.json", best | {"backend": "hf_clip"})
     lines = [{"epoch": e, "wall_seconds": 30.0 * e, "trained_parameters": 1234} for e in range(epochs + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -353,7 +348,7 @@ def test_zero_shot_comes_first_and_once(here, loads_scenes, as_hf_clip, tmp_path
     worst = torch.full_like(names.image_rank, 24), torch.full_like(names.text_rank, 100)
     for name in ("a", "b"):
         path = tmp_path / name / "zero_shot.json"
-        save_zero_shot(path, "org/clip", names.images, names.image_of_caption, *worst)
+        save_zero_shot(path, "org/clip", names.images, names.image_of_caption, *worst, names.fingerprint)
     found = compare([tmp_path / "b", tmp_path / "a"])
     assert [row.name for row in found.rows] == ["zero-shot clip", "b", "a"]
     assert found.rows[0].measured.metrics["rsum"] == 0 and found.rows[0].record.epochs == 0
@@ -361,7 +356,7 @@ def test_zero_shot_comes_first_and_once(here, loads_scenes, as_hf_clip, tmp_path
     assert len(found.differences) == 2 and (found.differences[0].value >= 0).all() and not found.notes
     # Of another split or file nothing was recorded
     test = compare([tmp_path / "a"], "test")
-    assert [row.name for row in test.rows] == ["a"] and "no zero-shot figures of org/clip" in test.text()
+    assert [row.name for row in test.rows] == ["a"] and "no zero-shot results of org/clip" in test.text()
 
     # A run that trained no epoch is the zero-shot row, on any split, and what was recorded is not repeated
     like_a_fine_tuned_run(here, tmp_path / "untouched", epochs=0)
@@ -372,7 +367,7 @@ def test_zero_shot_comes_first_and_once(here, loads_scenes, as_hf_clip, tmp_path
         assert "untouched has not finished an epoch" in note
         assert found.differences[0].value.tolist() == [0, 0]
 
-    # What was recorded on as many other captions of the same images is refused, where the file tells
+    # What was recorded on as many other captions of the same images is refused
     path, ranked = tmp_path / "a/zero_shot.json", (names.images, names.image_of_caption, *worst)
     save_zero_shot(path, "org/clip", *ranked, names.fingerprint)
     assert compare([tmp_path / "a"]).rows[0].is_zero_shot
@@ -381,7 +376,7 @@ def test_zero_shot_comes_first_and_once(here, loads_scenes, as_hf_clip, tmp_path
         compare([tmp_path / "a"])
 
     # What was recorded on other images is refused
-    save_zero_shot(tmp_path / "a/zero_shot.json", "org/clip", ["x.png"], [0], [1], [1])
+    save_zero_shot(tmp_path / "a/zero_shot.json", "org/clip", ["x.png"], [0], [1], [1], "of one image")
     with pytest.raises(UserError, match=r"a/zero_shot.json and .* different images or captions .*--captions-path"):
         compare([tmp_path / "a"])
 
@@ -399,7 +394,7 @@ def test_the_advised_zero_shot_run_is_of_the_same_captions(here, loads_scenes, a
     (note,) = compare([tmp_path / "a"]).notes
     cfg = advised(note)
     assert (cfg.model_name, cfg.epochs, cfg.backend, cfg.n_scenes) == ("org/clip", 0, "hf_clip", 240)
-    assert cfg.captions_path == "" and "--captions-path" not in note
+    assert cfg.captions_path == cfg.image_path == "" and "--captions-path" not in note
 
     captions = tmp_path / "my captions.csv"
     tiny_data.table.to_csv(captions, index=False)
@@ -424,7 +419,8 @@ def test_runs_on_different_captions_are_refused(here, tiny_data, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(here.folder, other)
     settings = json.loads((other / "best/config.json").read_text())
-    checkpoint.write_json(other / "best/config.json", settings | {"captions_path": str(tiny_data.captions_path)})
+    data = {"captions_path": str(tiny_data.captions_path), "image_path": str(tiny_data.image_path)}
+    write_json(other / "best/config.json", settings | data)
     with pytest.raises(UserError, match=rf"{here.folder} and {other} were measured .*24 images .*--captions-path"):
         compare([here.folder, other])
     found = compare([here.folder, other], captions_path=str(tiny_data.captions_path))
@@ -442,17 +438,25 @@ def test_the_same_images_with_other_words_are_other_captions(here, tiny_data, tm
         shutil.copytree(here.folder, tmp_path / name)
         config = tmp_path / name / "best/config.json"
         moved = {"captions_path": str(paths[-1]), "image_path": str(tiny_data.image_path)}
-        checkpoint.write_json(config, json.loads(config.read_text()) | moved)
+        write_json(config, json.loads(config.read_text()) | moved)
     with pytest.raises(UserError, match="each, but not the same ones"):
         compare([tmp_path / "one", tmp_path / "two"])
 
 
 def test_the_command(here, capsys, tmp_path):
     targets = {name: str(tmp_path / f"t.{name}") for name in ("markdown", "csv")}
-    words = ["runs/scenes", "runs/scenes/best"]
-    evaluate.main(
-        evaluate.Arguments(compare=tuple(words), split="test", device="cpu", chart=str(tmp_path / "t.png"), **targets)
-    )
+    words = [
+        "runs/scenes",
+        "runs/scenes/best",
+        "--split",
+        "test",
+        "--device",
+        "cpu",
+        "--chart",
+        str(tmp_path / "t.png"),
+    ]
+    words += [word for name, target in targets.items() for word in (f"--{name}", target)]
+    main(tyro.cli(Arguments, args=words))
     out = capsys.readouterr().out
     assert out.startswith("test: 24 images, 120 captions") and "* the best of its column" in out
     assert (tmp_path / "t.markdown").read_text().count("| scenes |") == 2
@@ -460,28 +464,37 @@ def test_the_command(here, capsys, tmp_path):
 
 
 def test_devices(here):
-    assert evaluate.evaluate(here.folder, device="auto")["n_images"] == 24
-    with pytest.raises(UserError, match="device 'nonsense' is not to be had"):
-        evaluate.evaluate(here.folder, device="nonsense")
+    assert evaluate(here.folder, device="auto")["n_images"] == 24
+    with pytest.raises(UserError, match="device 'nonsense' is not available"):
+        evaluate(here.folder, device="nonsense")
+
+
+def test_out_of_memory_is_told_in_one_line(here, monkeypatch):
+    import clip_scratch.evaluation.measure as noun
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(noun, "embed_batches", no_memory)
+    with pytest.raises(UserError, match="out of memory: free some memory, or use --device cpu"):
+        evaluate(here.folder, device="cpu")
+    with pytest.raises(UserError, match="out of memory"):
+        main(Arguments((str(here.folder),), device="cpu"))
 
 
 def test_mistakes(here, tmp_path):
-    def wrong(*words, **settings):
+    def wrong(*runs, **settings):
         with pytest.raises(UserError) as error:
-            evaluate.main(evaluate.Arguments(*words, device="cpu", **settings))
+            main(Arguments(runs, device="cpu", **settings))
         assert "\n" not in str(error.value)
         return str(error.value)
 
     run = str(here.folder)
-    assert "name the run to measure" in wrong()
-    assert "is not a run folder" in wrong(compare=(run, str(tmp_path / "nowhere")))
-    assert "--markdown is for --compare" in wrong(run, markdown="x.md")
-    assert "--templates is for --zero-shot" in wrong(run, templates="x.txt")
-    assert "use --csv" in wrong(compare=(run,), json="x.json")
-    assert "leave out --zero-shot" in wrong(compare=(run,), linear_probe=True)
-    assert "there is no folder" in wrong(compare=(run,), csv=str(tmp_path / "none/x.csv"))
-    assert "ends in .png" in wrong(compare=(run,), chart=str(tmp_path / "x.docx"))
+    assert "name at least one run" in wrong()
+    assert "is not a run folder" in wrong(run, str(tmp_path / "nowhere"))
+    assert "there is no folder" in wrong(run, csv=str(tmp_path / "none/x.csv"))
+    assert "must end in .png" in wrong(run, chart=str(tmp_path / "x.docx"))
     broken = tmp_path / "broken"
     shutil.copytree(here.folder, broken)
     (broken / "metrics.jsonl").write_text("{")
-    assert "metrics.jsonl is damaged" in wrong(compare=(str(broken),))
+    assert "broken is damaged" in wrong(str(broken))

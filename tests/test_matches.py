@@ -419,5 +419,5 @@ def test_classify_one_image_none_and_a_wrong_template(model, tiny_data):
     image = paths(tiny_data, 1)[0]
     assert classify(model, image, ["red"]) == [[("red", 1.0)]]
     assert classify(model, [], ["red", "blue"]) == []
-    with pytest.raises(UserError, match="a template holds {} where the label goes, not 'a photo'"):
+    with pytest.raises(UserError, match="a template has {} where the label goes, unlike 'a photo'"):
         classify(model, image, ["red"], templates=["a {}", "a photo"])

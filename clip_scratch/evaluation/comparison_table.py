@@ -1,4 +1,4 @@
-"""How a comparison of runs is shown: text, Markdown, CSV and a bar chart."""
+"""A comparison of runs as text, Markdown, CSV and a bar chart."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _percent(row: Row) -> list[float]:
 
 
 def _cells(comparison: Comparison, bold: tuple[str, str]) -> list[list[str]]:
-    """The rows as strings, the best figure of each recall between the two marks of `bold`."""
+    """The rows as strings, the best of each recall between the two marks of `bold`."""
     figures = [[f"{value:.1f}" for value in _percent(row)] for row in comparison.rows]
     best = [max(column, key=float) for column in zip(*figures, strict=True)]
     lines = []
@@ -56,8 +56,8 @@ def _epochs(record: RunRecord) -> str:
         return _UNKNOWN
     if not record.epochs:
         return "0"
-    kept = "mixed" if record.wise_ft_alpha is not None else f"best {record.best_epoch}"
-    return f"{record.epochs} ({kept})"
+    chosen = "averaged" if record.wise_ft_alpha is not None else f"best {record.best_epoch}"
+    return f"{record.epochs} ({chosen})"
 
 
 def _count(n: int | None) -> str:
@@ -86,7 +86,7 @@ def _headline(comparison: Comparison) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """What the reader of the table should know besides."""
+    """What a reader needs to know about the rows."""
     notes = []
     for row in comparison.rows:
         alpha, epoch = row.record.wise_ft_alpha, row.record.best_epoch
@@ -94,11 +94,11 @@ def _notes(comparison: Comparison) -> list[str]:
             of = f" of epoch {epoch}" if epoch else ""
             notes.append(f"{row.name}: {alpha:g} of the fine-tuned weights{of}, the rest zero-shot (WiSE-FT).")
         elif row.record.epochs and epoch == 0:
-            notes.append(f"{row.name}: no epoch was better than the untouched model, which was kept.")
+            notes.append(f"{row.name}: no epoch was better than the untouched model, whose results these are.")
     if comparison.split == "valid" and any(row.record.epochs != 0 for row in comparison.rows):
         notes.append(
-            "The best epoch of each trained run (and the alpha of WiSE-FT) was chosen on the validation split, so on "
-            "images that nothing was chosen by (--split test) the figures of tuned runs tend to be a little lower."
+            "The best epoch of each trained run (and the alpha of WiSE-FT) was chosen on the validation split: on "
+            "unseen images (--split test) trained runs tend to score a little lower."
         )
     if comparison.n_ambiguous:
         notes.append(ambiguity(comparison.n_ambiguous, comparison.n_captions))
@@ -106,10 +106,10 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 def ambiguity(n_ambiguous: int, n_captions: int) -> str:
-    """The sentence on captions that stand under several images."""
+    """The sentence about captions that belong to several images."""
     return (
-        f"{n_ambiguous:,} of {n_captions:,} captions are ambiguous: the same words stand under another image, so no "
-        "model can be sure of them."
+        f"{n_ambiguous:,} of {n_captions:,} captions are ambiguous: another image has the same caption, so no model "
+        "can tell the two apart."
     )
 
 
@@ -129,7 +129,7 @@ def _difference_line(difference: Difference) -> str:
 
 
 def text(comparison: Comparison, ansi: bool = False) -> str:
-    """Columns for a terminal: the best figures bold in `ansi` codes, else with a star."""
+    """Columns for a terminal: the best results bold in `ansi` codes, else with a star."""
     plain = [_HEADER, *_cells(comparison, ("", "") if ansi else ("", "*"))]
     shown = [_HEADER, *_cells(comparison, ("\033[1m", "\033[0m"))] if ansi else plain
     widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
@@ -144,7 +144,7 @@ def text(comparison: Comparison, ansi: bool = False) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """A Markdown table with bold best figures, between a headline and the notes."""
+    """A Markdown table with the best results bold, between a headline and the notes."""
     rule = ["---", *["---:"] * len(_RECALLS), "---:", "---", "---:", "---:", "---"]
     rows = [[cell.replace("|", "\\|") for cell in cells] for cells in _cells(comparison, ("**", "**"))]
     lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, rule, *rows)]
@@ -156,7 +156,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """A line a row: recalls, interval ends, differences to zero-shot in percent to six digits; empty where unknown."""
+    """Recalls, interval ends and differences to zero-shot in percent, to six digits; empty where unknown."""
     ways, ends = ("i2t", "t2i"), ("low", "high")
     header = ["run", "zero_shot", "model_name", "split", "n_images", "n_captions"]
     header += [f"{way}_r@{k}" for way, _, k in _RECALLS]
@@ -189,7 +189,7 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def chart(comparison: Comparison, path: str | Path) -> Path:
-    """Write R@1 both ways as bars, a pair for each row, with the 95 % intervals as error bars."""
+    """Write R@1 both ways as bars, a pair per row, with the 95 % intervals as error bars."""
     from matplotlib.figure import Figure
 
     rows = comparison.rows
@@ -203,7 +203,7 @@ def chart(comparison: Comparison, path: str | Path) -> Path:
         low, high = 100 * comparison.intervals[:, :, way]
         place = middle + (way - 0.5) * height
         axis.barh(place, values, height, label=label, color=colour)
-        # The value may lie outside a percentile interval of few images; an error bar has no negative length
+        # With few images the value may be outside its percentile interval; an error bar has no negative length
         errors = np.maximum(0, [values - low, high - values])
         axis.errorbar(values, place, xerr=errors, fmt="none", ecolor="#333333", elinewidth=1.2, capsize=3)
         for value, top, y in zip(values, high, place, strict=True):

@@ -91,7 +91,7 @@ class ExactSearch:
 
 
 def _kth_best(scan: np.ndarray, k: int) -> float:
-    """The k-th best of a scan (N,), or a little less: the k-th best of the maxima of disjoint blocks is quicker to find."""
+    """The k-th best of a scan (N,), or a little less: the k-th best of the maxima of blocks is found faster."""
     if len(scan) >= _BLOCK * k:
         scan = scan[: len(scan) // _BLOCK * _BLOCK].reshape(_BLOCK, -1).max(0)
     return float(np.partition(scan, -k)[-k])
