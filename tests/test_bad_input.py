@@ -9,15 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
-import clip_scratch.training.report as report
 import clip_scratch.train as train
+import clip_scratch.training.report as report
 from clip_scratch import CFG, evaluate, search
 from clip_scratch.cli import parse
 from clip_scratch.errors import run_command
-from clip_scratch.training import checkpoint
+from clip_scratch.training.run import load_tree, save_tree
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def finished(tiny_data, tmp_path_factory):
     """The folder of a run of one step; copy it before you damage it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_epoch", lambda *_: None)
-        patch.setattr(report, "report_run", lambda *_: None)
+        patch.setattr(report.Report, "picture", lambda *_, **__: None)
+        patch.setattr(report.Report, "end", lambda *_, **__: None)
         return train.main(
             CFG(
                 captions_path=tiny_data.captions_path,
@@ -139,7 +140,8 @@ def test_encoder_names(train_refused):
 
 
 def test_image_weights(train_refused, tmp_path):
-    more = ["--pretrained", "--no-text-pretrained", "--image-weights"]
+    # The weights are read before the text tower is looked for, which no hub can give
+    more = ["--pretrained", "--image-weights"]
     assert "there is no" in train_refused(*more, str(tmp_path / "none.safetensors"))
     save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
     assert "does not fit: " in train_refused(*more, str(tmp_path / "other.safetensors"))
@@ -147,11 +149,15 @@ def test_image_weights(train_refused, tmp_path):
     assert "cannot be read as weights" in train_refused(*more, str(tmp_path / "text.pth"))
 
 
-def test_no_network_for_hub_weights(train_refused):
+def test_no_network_for_hub_weights(train_refused, tmp_path):
     began = time.monotonic()
-    line = train_refused("--pretrained", "--no-text-pretrained", "--model-name", "resnet18")
+    line = train_refused("--pretrained", "--model-name", "resnet18")
     assert "image_weights" in line and "--no-pretrained" in line and "resnet18" in line
-    line = train_refused("--pretrained", "--no-image-pretrained", "--text-encoder-model", "distilbert-base-uncased")
+    weights = tmp_path / "resnet.safetensors"
+    save_file({k: v.contiguous() for k, v in timm.create_model("test_resnet").state_dict().items()}, weights)
+    line = train_refused(
+        "--pretrained", "--image-weights", str(weights), "--text-encoder-model", "distilbert-base-uncased"
+    )
     assert "text_encoder_model" in line and "local folder" in line and "--no-pretrained" in line
     line = train_refused("--text-tokenizer", "no-such-tokenizer")
     assert "no-such-tokenizer" in line
@@ -166,7 +172,7 @@ def test_a_run_folder_that_cannot_be_made(train_refused, tmp_path, monkeypatch):
     for folder in ("file", "file/run", "file/a/b"):
         assert "cannot be made" in train_refused(run_dir=tmp_path / folder)
     assert "cannot be made" in train_refused(run_dir=tmp_path / ("long" * 100))
-    monkeypatch.setattr(train.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr("clip_scratch.training.run.os.access", lambda *_: False)  # root may write anywhere
     assert "cannot be written to" in train_refused(run_dir=tmp_path / "closed/run")
     assert not (tmp_path / "closed").exists()
 
@@ -197,7 +203,7 @@ def test_a_resume_of_what_is_no_run(refused, tmp_path, run_copy):
         line = refused(lambda folder=folder: train.main(parse(["--resume", str(folder)])))
         assert "is not a run folder" in line
     assert not (tmp_path / "nowhere").exists()
-    (run_copy / "last/training.pt").unlink()
+    (run_copy / "last/training.safetensors").unlink()
     assert "nothing to resume" in refused(lambda: train.main(parse(["--resume", str(run_copy)])))
 
 
@@ -205,17 +211,17 @@ def test_a_resume_of_a_damaged_run(refused, run_copy):
     def resume():
         return refused(lambda: train.main(parse(["--resume", str(run_copy)])))
 
-    state = checkpoint.load_last(run_copy / "last")
-    whole = (run_copy / "last/training.pt").read_bytes()
-    (run_copy / "last/training.pt").write_bytes(whole[:5000])
-    assert "training.pt is damaged" in resume()
+    last = run_copy / "last/training.safetensors"
+    state, whole = load_tree(last), last.read_bytes()
+    last.write_bytes(whole[:5000])
+    assert "training.safetensors is damaged" in resume()
     state["model"]["log_scale"] = torch.zeros(3)
-    checkpoint.save_last(run_copy / "last", state)
+    save_tree(last, state)
     assert "does not fit the settings" in resume()
     del state["model"]
-    checkpoint.save_last(run_copy / "last", state)
+    save_tree(last, state)
     assert "does not fit the settings" in resume()
-    (run_copy / "last/training.pt").write_bytes(whole)
+    last.write_bytes(whole)
     (run_copy / "config.json").write_text("{")
     assert "config.json is damaged" in resume()
 
@@ -225,7 +231,7 @@ def test_a_resume_of_a_damaged_run(refused, run_copy):
 
 def test_presets_and_devices(refused, train_refused, monkeypatch):
     assert "Did you mean flickr8k" in refused(lambda: train.main(parse(["flicker8k"])))
-    assert "precision fp16 needs a GPU" in train_refused("--precision", "fp16")
+    assert "precision fp16 needs a CUDA GPU" in train_refused("--precision", "fp16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if not torch.backends.cuda.is_built() or not torch.cuda.device_count():
         assert "device 'cuda'" in train_refused("--device", "cuda")
@@ -271,8 +277,8 @@ def tune_refused(refused, tiny_data, hf_clip, tmp_path):
 
 def test_freezing_that_does_not_fit(tune_refused, train_refused, monkeypatch):
     assert "image_freeze first:40: the tower has 3 blocks" in tune_refused("--image-freeze", "first:40")
-    assert "text_freeze last:4: the tower has 3 blocks" in tune_refused("--text-freeze", "last:4")
-    both = "--image-freeze", "frozen", "--text-freeze", "frozen"
+    assert "text_freeze all-but-last:4: the tower has 3 blocks" in tune_refused("--text-freeze", "all-but-last:4")
+    both = "--image-freeze", "all", "--text-freeze", "all"
     assert "nothing to train" in tune_refused(*both) and "nothing to train" in train_refused(*both)
     assert "image_freeze first:40: the tower has 4 blocks" in train_refused("--image-freeze", "first:40")
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -281,8 +287,7 @@ def test_freezing_that_does_not_fit(tune_refused, train_refused, monkeypatch):
 
 
 def test_what_needs_a_pretrained_clip(train_refused):
-    assert "wise_ft mixes with zero-shot weights" in train_refused("--wise-ft", "auto")
-    assert "--sweep freezing starts from zero-shot" in train_refused("--sweep", "freezing")
+    assert "wise_ft averages with zero-shot weights" in train_refused("--wise-ft", "auto")
 
 
 def test_models_that_are_no_clip(tune_refused, hf_clip, tmp_path):
@@ -318,7 +323,7 @@ def test_evaluate(refused, finished, tmp_path, tiny_data, run_copy):
     assert "no captions file" in wrong(captions_path=str(tmp_path / "none.csv"))
     assert "no image folder" in wrong(image_path=str(tmp_path / "none"))
     assert "there is no folder" in wrong(json=str(tmp_path / "none/x.json"))
-    assert "is a folder" in wrong(json=str(tmp_path))
+    assert "it is a folder" in wrong(json=str(tmp_path))
     weights = run_copy / "best/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "does not fit its settings" in wrong(run_copy)
@@ -335,7 +340,10 @@ def test_search(refused, finished, tmp_path):
     assert "there are no images" in wrong(images=str(tmp_path))
     assert "n is at least 1" in wrong(n=0)
     assert "none.png" in wrong(query=str(tmp_path / "none.png"))
-    assert "cannot write the picture" in wrong(save=str(tmp_path / "none/x.png"))
+    assert "there is no folder" in wrong(save=str(tmp_path / "none/x.png"))
+    assert "device 'nonsense' is not available" in wrong(device="nonsense")
+    (tmp_path / "photos").mkdir()
+    assert "leave out --images" in wrong(query=str(tmp_path / "none.png"), images=str(tmp_path / "photos"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.jpg").write_bytes(b"no picture")
     assert "x.jpg" in wrong(images=str(tmp_path / "bad"))
@@ -352,9 +360,10 @@ def test_the_data_of_a_run_are_gone(refused, run_copy, tmp_path):
 
 
 def test_the_commands_themselves(tmp_path):
-    """The three verbs as processes of their own: exit status 2, one line, nothing else."""
+    """The verbs as processes of their own: exit status 2, one line, nothing else."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     commands = [["train", "flicker8k"], ["evaluate", "nowhere"], ["search", "nowhere", "a dog"]]
+    commands += [["compare", "nowhere"], ["classify", "nowhere"]]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", f"clip_scratch.{command[0]}", *command[1:]],

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tyro
 
 from clip_scratch import evaluate, search
-from clip_scratch.cli import parse, resumed
-from clip_scratch.config import CFG, PRESETS
+from clip_scratch.cli import parse
+from clip_scratch.config import CFG
 from clip_scratch.errors import UserError
-from clip_scratch.training import checkpoint
+from clip_scratch.files import write_json
+from clip_scratch.presets import PRESETS
+from clip_scratch.training.run import Run, resumed
 
 
 def settings_of(*words):
@@ -22,7 +26,7 @@ def a_run(tmp_path, tiny_cfg):
     """A run folder as far as the command line looks into it."""
     (tmp_path / "run").mkdir()
     cfg = dataclasses.replace(tiny_cfg, run_dir=str(tmp_path / "run"), num_workers=3, on_bad_image="skip")
-    checkpoint.write_json(tmp_path / "run/config.json", dataclasses.asdict(cfg))
+    write_json(tmp_path / "run/config.json", dataclasses.asdict(cfg))
     return str(tmp_path / "run"), cfg
 
 
@@ -46,24 +50,38 @@ def test_a_first_word_picks_the_preset(name):
     cfg = parse([name, "--batch-size", "7", "--no-pretrained", "--head-lr", "0.5"])
     assert type(cfg) is PRESETS[name]
     assert dataclasses.replace(cfg, run_dir="") == PRESETS[name](batch_size=7, pretrained=False, head_lr=0.5)
-    assert cfg.run_dir.startswith(f"runs/{name}-")
 
 
 def test_the_run_folder_can_be_named():
     assert parse(["--run-dir", "runs/mine"]).run_dir == "runs/mine"
-    assert parse(["--captions-path", "x.csv"]).run_dir.startswith("runs/run-")
+
+
+def test_the_run_folder_is_named_after_the_preset_and_the_time(tmp_path, monkeypatch):
+    """Two of one second get two folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clip_scratch.training.run.time.strftime", lambda _: "20260101-120000")
+    assert Run(parse(["--captions-path", "x.csv"])).folder == Path("runs/run-20260101-120000")
+    assert Run(parse(["compact"])).folder == Path("runs/compact-20260101-120000")
+    Path("runs/compact-20260101-120000").mkdir(parents=True)
+    assert Run(parse(["compact"])).folder == Path("runs/compact-20260101-120000-2")
 
 
 def test_an_unknown_preset():
-    with pytest.raises(UserError, match=r"no preset is called 'flicker8k'.*Did you mean flickr8k"):
+    with pytest.raises(UserError, match=r"there is no preset 'flicker8k'.*Did you mean flickr8k"):
         parse(["flicker8k"])
 
 
 def test_help_names_the_presets(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and all(name in said for name in PRESETS) and "--batch-size" in said
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and all(name in printed for name in PRESETS)
+    fields = [field.name for field in dataclasses.fields(CFG)]
+    assert all(f"--{name.replace('_', '-')}" in printed for name in fields)
+    assert "in pixels" in printed and "(default: 64)" in printed  # the scenes' size
+    topics = ["data", "images", "model", "loss", "optimization", "hardware", "run"]
+    places = [printed.index(f" {topic} options ") for topic in topics]
+    assert places == sorted(places)
 
 
 # ---- resume
@@ -143,7 +161,39 @@ def test_search_by_words_and_by_image(scene_run, monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "'a red circle'" in out and "written: " in out and (tmp_path / "x.png").is_file()
     images = scene_run.cwd / "data/scenes-240-42/Images"
-    search.main(search.Arguments("runs/scenes/best", "a red circle", images=str(images.parent), n=2))
+    search.main(search.Arguments("runs/scenes/best", "a red circle", images=str(images.parent), n=2, device="cpu"))
     assert len([line for line in capsys.readouterr().out.splitlines() if "Images/" in line]) == 2
-    search.main(search.Arguments("runs/scenes", str(next(images.iterdir())), n=4))
+    search.main(search.Arguments("runs/scenes", str(next(images.iterdir())), n=4, device="cpu"))
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_a_broken_file_does_not_end_a_search(scene_run, monkeypatch, capsys, tmp_path):
+    """It is skipped, counted and named; hidden files, AppleDouble files and folders named like images are no images."""
+    monkeypatch.chdir(scene_run.cwd)
+    images = sorted((scene_run.cwd / "data/scenes-240-42/Images").iterdir())[:3]
+    for image in images:
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "._broken.png").write_bytes(b"AppleDouble")
+    (tmp_path / "folder.png").mkdir()
+    search.main(search.Arguments("runs/scenes", "a red circle", images=str(tmp_path), device="cpu"))
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 4 and "broken" not in out and "folder" not in out
+    assert "skipped 1 of 4 images" in err and "broken.png: cannot be decoded" in err
+
+
+def test_search_after_bad_images_were_skipped(scene_run, tiny_data, monkeypatch, capsys, tmp_path):
+    """Training with --on-bad-image skip left out an image that the captions file still names; search does too."""
+    shutil.copytree(scene_run.folder / "best", tmp_path / "best")
+    shutil.copytree(tiny_data.image_path, tmp_path / "Images")
+    tiny_data.table.to_csv(tmp_path / "captions.csv", index=False)
+    (tmp_path / "Images/21.png").write_bytes(b"no picture")
+    config = tmp_path / "best/config.json"
+    data = {"captions_path": str(tmp_path / "captions.csv"), "image_path": str(tmp_path / "Images")}
+    write_json(config, json.loads(config.read_text()) | data | {"on_bad_image": "skip"})
+    search.main(search.Arguments(str(tmp_path / "best"), "red", device="cpu"))
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 + 5 and "21.png: cannot be decoded" in err
+    write_json(config, json.loads(config.read_text()) | {"on_bad_image": "error"})
+    with pytest.raises(UserError, match=r"21.png cannot be read as an image"):
+        search.main(search.Arguments(str(tmp_path / "best"), "red", device="cpu"))
