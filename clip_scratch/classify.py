@@ -73,10 +73,7 @@ def zero_shot(model: DualEncoder, arguments: Arguments) -> Classified | dict[str
     from_table = arguments.labels == "table"
     if from_table or not arguments.images:
         source = open_captions(model.cfg, arguments.captions_path, arguments.image_path)
-    if from_table:
-        labels = classes.distinct_labels(classes.image_labels(source.table, source.name), source.name)
-    else:
-        labels = classes.read_labels(arguments.labels)
+    labels = classes.labels_of(source.table, source.name) if from_table else classes.read_labels(arguments.labels)
     if arguments.images:
         folder = Path(arguments.images)
         images = classes.labelled_folder(folder, images_below(folder))

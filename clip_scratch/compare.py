@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +36,7 @@ def main(arguments: Arguments) -> None:
         comparison = compare(
             arguments.runs, arguments.split, arguments.captions_path, arguments.image_path, arguments.device
         )
-    print(comparison.text(ansi=sys.stdout.isatty()))
+    print(comparison.text())
     comparison.write(arguments.markdown, arguments.csv, arguments.chart)
 
 

@@ -89,10 +89,10 @@ def measured(image_rank, text_rank, own, names=None):
     return Measured(names, torch.tensor(own), torch.tensor(image_rank), torch.tensor(text_rank), "")
 
 
-def row(name, found, zero_shot=False, model="m", **record):
+def row(name, found, zero_shot=False, model="m", **settings):
     cfg = CFG(backend="hf_clip", model_name=model)
-    told = dataclasses.replace(UNTRAINED) if zero_shot else RunRecord(**record)
-    return Row(name, f"runs/{name}", cfg, found, told, zero_shot)
+    record = dataclasses.replace(UNTRAINED) if zero_shot else RunRecord(**settings)
+    return Row(name, f"runs/{name}", cfg, found, record, zero_shot)
 
 
 @pytest.fixture
@@ -151,15 +151,13 @@ def test_text(table):
     assert header.split()[:3] == ["run", "i2t", "R@1"]
     assert re.match(r"zero-shot m +25\.0 \[\d+\.\d, \d+\.\d\] +100\.0\* ", zero_shot) and zero_shot.endswith(" all")
     assert re.match(r"full +75\.0\* \[", full) and full.endswith("nothing")
-    assert "10 (best 7)" in full and "151.3 M" in full and "2 h 03 min" in full
-    assert "8.2 k" in same and "61 s" in same
+    assert "10 (best 7)" in full and "151.3 M" in full and "123 min" in full
+    assert "8,193" in same and "61 s" in same
     text = table.text()
     assert "full - zero-shot m: i2t +50.0 [" in text and "both exclude 0" in text
     assert "same - zero-shot m: i2t +0.0 [+0.0, +0.0], t2i +0.0 [+0.0, +0.0]: neither interval excludes 0" in text
     assert "same: no epoch was better than the untouched model" in text and "WiSE-FT)." not in text
     assert "3 of 120 captions are ambiguous" in text and text.endswith("A note.")
-    assert re.sub(r"\033\[\d+m", "", table.text(ansi=True)).count("*") == 0
-    assert "\033[1m75.0\033[0m [" in table.text(ansi=True)
 
 
 def test_a_mixture_is_not_called_an_epoch(table):
@@ -173,18 +171,12 @@ def test_a_mixture_is_not_called_an_epoch(table):
     assert "same: 0 of the fine-tuned weights, the rest zero-shot (WiSE-FT)." in table.text()
 
 
-def test_figures_that_an_epoch_was_chosen_by_are_said_to_be(table):
+def test_a_note_says_that_epochs_were_chosen_on_the_validation_split(table):
     sentence = "was chosen on the validation split"
     assert table.text().count(sentence) == table.markdown().count(sentence) == 1
     rows = table.rows
     assert sentence not in Comparison(rows, "test", 0).text() and sentence not in Comparison(rows, "all", 0).text()
     assert sentence not in Comparison(rows[:1], "valid", 0).text()  # nothing was trained
-
-
-def test_bold_codes_do_not_move_the_columns(table):
-    plain = re.sub(r"\033\[\d+m", "", table.text(ansi=True)).splitlines()[2:6]
-    place = plain[0].index("epochs")
-    assert [line[place:].split()[0] for line in plain] == ["epochs", "0", "10", "10"]
 
 
 def test_markdown(table):
@@ -201,7 +193,7 @@ def test_csv(table):
     low, high = (float(full[f"i2t_r@1_{end}"]) for end in ("low", "high"))
     assert (low, high) == pytest.approx(tuple(100 * table.intervals[:, 1, 0]), abs=1e-3) and low < 75 < high
     assert float(full["t2i_r@1_minus_zero_shot"]) == 50 and float(full["t2i_r@1_minus_zero_shot_low"]) > 0
-    assert full["trained_parameters"] == "151277313" and full["wall_seconds"] == "7384.0"
+    assert full["trained_parameters"] == "151277313" and full["wall_seconds"] == "7384"
     assert zero_shot["zero_shot"] == "1" and zero_shot["i2t_r@1_minus_zero_shot"] == ""
 
 
@@ -219,15 +211,13 @@ def test_chart(table, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "rates", "frozen"),
     [
-        ({}, "1e-5", "nothing"),
-        ({"head_lr": 1e-3}, "1e-5 image + text, 1e-3 heads", "nothing"),
-        ({"image_freeze": "first:6"}, "1e-5", "image: first 6 blocks; text: nothing"),
-        ({"image_freeze": "backbone", "text_freeze": "backbone", "head_lr": 2e-4}, "2e-4", "all but the projection"),
-        ({"image_freeze": "lora", "text_freeze": "lora"}, "1e-3 image LoRA + text LoRA, 1e-5 heads",
-         "all (LoRA, rank 8)"),
-        ({"image_freeze": "all", "text_freeze": "all-but-last:2"}, "1e-5",
-         "image: all; text: all but the last 2 blocks"),
-        ({"trainable": False}, "1e-5", "all but the projection"),
+        ({}, "1e-5", "none"),
+        ({"head_lr": 1e-3}, "1e-5 image + text, 1e-3 heads", "none"),
+        ({"image_freeze": "first:6"}, "1e-5", "image first:6, text none"),
+        ({"image_freeze": "backbone", "text_freeze": "backbone", "head_lr": 2e-4}, "2e-4", "backbone"),
+        ({"image_freeze": "lora", "text_freeze": "lora"}, "1e-3 image LoRA + text LoRA, 1e-5 heads", "lora"),
+        ({"image_freeze": "all", "text_freeze": "all-but-last:2"}, "1e-5", "image all, text all-but-last:2"),
+        ({"trainable": False}, "1e-5", "backbone"),
     ],
 )  # fmt: skip
 def test_what_trained_and_how_fast(tmp_path, setting, rates, frozen):
@@ -239,7 +229,7 @@ def test_what_trained_and_how_fast(tmp_path, setting, rates, frozen):
 
 
 @pytest.mark.parametrize("with_run", [True, False])
-def test_a_zero_shot_run_of_which_best_alone_was_kept(tmp_path, with_run):
+def test_a_zero_shot_run_of_which_only_best_is_left(tmp_path, with_run):
     best = tmp_path / "best" if with_run else tmp_path
     best.mkdir(exist_ok=True)
     cfg = {"backend": "hf_clip", "head_lr": 1e-5, "image_encoder_lr": 1e-5, "text_encoder_lr": 1e-5}
@@ -251,7 +241,7 @@ def test_a_zero_shot_run_of_which_best_alone_was_kept(tmp_path, with_run):
     record = read_record(tmp_path)
     assert (record.epochs, record.best_epoch, record.wise_ft_alpha) == (None, 10, 0.2)
     assert record.learning_rates == "1e-5"
-    # Where the epochs are known they tell, whatever was kept
+    # Where the log is there, it decides
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 3, "trained_parameters": 7}\n')
     write_json(best / "metrics.json", {"epoch": 0, "rsum": 300.0})
     record = read_record(tmp_path)
@@ -336,7 +326,8 @@ def test_a_run_measured_twice_is_the_run(here, capsys):
     best = json.loads((here.folder / "best/metrics.json").read_text())
     assert one.measured.metrics["rsum"] == pytest.approx(best["rsum"], abs=1e-6)
     assert (found.n_images, found.n_captions, found.split) == (24, 120, "valid")
-    assert one.name == "scenes" and one.record.epochs == 5 and not one.is_zero_shot
+    assert [one.name, other.name] == [f"scenes ({here.folder})", f"scenes ({here.folder}/best)"]
+    assert one.record.epochs == 5 and not one.is_zero_shot
     assert "train hf_clip --epochs 0" in found.text()
     assert "(2 of 2)" in capsys.readouterr().err
 
@@ -356,7 +347,7 @@ def test_zero_shot_comes_first_and_once(here, loads_scenes, as_hf_clip, tmp_path
     assert len(found.differences) == 2 and (found.differences[0].value >= 0).all() and not found.notes
     # Of another split or file nothing was recorded
     test = compare([tmp_path / "a"], "test")
-    assert [row.name for row in test.rows] == ["a"] and "no zero-shot results of org/clip" in test.text()
+    assert [row.name for row in test.rows] == ["a"] and "no zero-shot row of org/clip" in test.text()
 
     # A run that trained no epoch is the zero-shot row, on any split, and what was recorded is not repeated
     like_a_fine_tuned_run(here, tmp_path / "untouched", epochs=0)
@@ -459,7 +450,7 @@ def test_the_command(here, capsys, tmp_path):
     main(tyro.cli(Arguments, args=words))
     out = capsys.readouterr().out
     assert out.startswith("test: 24 images, 120 captions") and "* the best of its column" in out
-    assert (tmp_path / "t.markdown").read_text().count("| scenes |") == 2
+    assert (tmp_path / "t.markdown").read_text().count("| scenes (runs/scenes") == 2
     assert (tmp_path / "t.csv").read_text().count("\n") == 3 and Image.open(tmp_path / "t.png").format == "PNG"
 
 
@@ -469,7 +460,7 @@ def test_devices(here):
         evaluate(here.folder, device="nonsense")
 
 
-def test_out_of_memory_is_told_in_one_line(here, monkeypatch):
+def test_out_of_memory_is_one_line(here, monkeypatch):
     import clip_scratch.evaluation.measure as noun
 
     def no_memory(*_):

@@ -1,4 +1,4 @@
-"""ExactSearch against a full scan in float64: on random rows, on ties, and where a bf16 scan alone goes wrong."""
+"""ExactSearch against a full scan in float64: random rows, ties, and rows that a bf16 scan alone ranks wrongly."""
 
 import numpy as np
 import pytest
@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_refused(half, bad):
         ExactSearch(torch.ones(4, 3), half).search(rows[17:18], 1)
 
 
-def test_wrong_shapes_and_k_are_told():
+def test_wrong_shapes_and_k():
     search = ExactSearch(torch.ones(4, 3))
     with pytest.raises(UserError, match=r"embeddings to search are \(N, P\), not \(3,\)"):
         ExactSearch(torch.ones(3))

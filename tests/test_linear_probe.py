@@ -48,7 +48,7 @@ def test_without_a_validation_split_c_is_chosen_on_a_fifth_of_the_training_image
     train, test = blobs(100, 4, 0), blobs(50, 4, 1)
     probe = linear_probe(train, test)
     held_out = hold_out(train[1])
-    assert held_out.sum() == 20
+    assert 20 <= held_out.sum() <= 24
     c = choose_c(train[0][~held_out], train[1][~held_out], train[0][held_out], train[1][held_out])
     direct = LogisticRegression(C=c, max_iter=1000).fit(*train)  # on all of them
     assert probe.metrics["C"] == c and probe.metrics["acc@1"] == pytest.approx(direct.score(*test), abs=1e-6)
@@ -72,23 +72,17 @@ def test_images_of_unseen_classes_count_as_wrong():
 
 @given(labels=st.lists(st.sampled_from("abcdef"), min_size=2, max_size=80), seed=st.integers(0, 5))
 @settings(max_examples=100)
-def test_hold_out_leaves_every_class(labels, seed):
+def test_every_fifth_image_of_a_class_is_held_out(labels, seed):
     counts = {label: labels.count(label) for label in labels}
     if set(counts.values()) == {1}:
         with pytest.raises(UserError, match="only one training image"):
             hold_out(labels, seed)
         return
     mask = hold_out(labels, seed)
-    kept = np.array(labels)[~mask]
-    assert set(kept) == set(labels) and 1 <= mask.sum() <= max(1, round(len(labels) / 5))
+    held_out = np.array(labels)[mask].tolist()
+    for label, count in counts.items():
+        assert held_out.count(label) == (count + 3) // 5 < count  # 0 of 1, 1 of 2 to 6, 2 of 7 to 11
     assert np.array_equal(mask, hold_out(labels, seed))
-
-
-def test_hold_out_is_stratified():
-    labels = np.array(["a"] * 100 + ["b"] * 50 + ["c"] * 10)
-    taken = labels[hold_out(labels)]
-    shares = {label: (taken == label).sum() / (labels == label).sum() for label in "abc"}
-    assert len(taken) == 32 and all(0.1 <= share <= 0.3 for share in shares.values())
 
 
 def test_one_class():

@@ -146,7 +146,7 @@ def test_nothing_to_find_and_nothing_asked(model, rows, names, tmp_path):
     assert find_matches(model, rows, [], names, save=tmp_path / "none.png") == []
 
 
-def test_wrong_arguments_are_told(model, rows, names):
+def test_wrong_arguments(model, rows, names):
     with pytest.raises(UserError, match=f"{len(rows)} image_embeddings, but 3 image_filenames"):
         find_matches(model, rows, "red", names[:3])
     with pytest.raises(UserError, match="n is at least 1, not 0"):
@@ -224,7 +224,7 @@ def test_any_query_can_be_drawn(tiny_data, query, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 5, 10_000])
 def test_captions_are_distinct_and_scored_by_cosine(model, tiny_data, n):
-    captions = tiny_data.table["caption"].tolist()  # "green" and its like stand under several images
+    captions = tiny_data.table["caption"].tolist()  # "green" and others belong to several images
     image = paths(tiny_data, 1)[0]
     found = find_captions(model, image, captions, n=n)
     vector = encode_image(model, image)[0].double()
@@ -314,9 +314,9 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_named(model, tiny_da
     embeddings = encode_image(model, images, batch_size=2, on_bad_image="skip")
     torch.testing.assert_close(embeddings[[0, 2, 4]], encode_image(model, good), rtol=0, atol=1e-6)
     assert not embeddings[[1, 3]].any()
-    said = capsys.readouterr().err
-    assert "skipped 2 of 5 images" in said and "half.png: cannot be decoded" in said
-    assert "gone.png: no such file" in said
+    printed = capsys.readouterr().err
+    assert "skipped 2 of 5 images" in printed and "half.png: cannot be decoded" in printed
+    assert "gone.png: no such file" in printed
     names = [path.name for path in images]
     opposite = -embeddings  # zeros now score above every image
     for rows in (embeddings, opposite):

@@ -1,4 +1,4 @@
-"""Zero-shot classification: figures against numpy and scikit-learn, prompt ensembles by hand, the command."""
+"""Zero-shot classification: metrics against numpy and scikit-learn, prompt ensembles by hand, the command."""
 
 import json
 from pathlib import Path
@@ -26,9 +26,10 @@ from clip_scratch.evaluation.classification import (
 )
 from clip_scratch.evaluation.labels import (
     LabelledImages,
-    distinct_labels,
+    check_distinct,
     image_labels,
     labelled_folder,
+    labels_of,
     read_labels,
     read_templates,
     targets_of,
@@ -38,7 +39,7 @@ from clip_scratch.evaluation.zero_shot import label_embeddings
 
 NAMES = list("abcdefghij")
 
-# ---- figures
+# ---- metrics
 
 
 def test_figures_by_hand():
@@ -154,10 +155,10 @@ def test_underscores_are_spaces_in_prompts_but_not_in_answers(model, tiny_data):
 
 
 def test_labels_that_prompts_cannot_tell_apart():
-    assert distinct_labels(["b", "a", "b"], "f.csv") == ["a", "b"]
+    assert labels_of(table_of(("1", "x", "b"), ("2", "y", "a"), ("3", "z", "b")), "f.csv") == ["a", "b"]
     for one, other in (("Saree", "saree"), ("men  mojaris", "men mojaris"), ("dhoti pants", "dhoti_pants")):
         with pytest.raises(UserError, match=f"f.csv has the labels '{one}' and '{other}'"):
-            distinct_labels([other, "gowns", one], "f.csv")
+            check_distinct([one, "gowns", other], "f.csv")
 
 
 def test_label_and_template_files(tmp_path):
@@ -165,13 +166,13 @@ def test_label_and_template_files(tmp_path):
     path.write_text("\ufeffflip flops\r\n\n  T-shirt \nSarees", encoding="utf-8")
     assert read_labels(path) == ["flip flops", "T-shirt", "Sarees"]
     path.write_text("dog\ncat\n\nDog\n")
-    with pytest.raises(UserError, match=r"labels.txt, row 4: the label 'Dog' repeats 'dog' of row 1"):
+    with pytest.raises(UserError, match=r"labels.txt has the labels 'dog' and 'Dog', which prompts cannot"):
         read_labels(path)
     path.write_text("dhoti_pants\nDhoti pants\n")
-    with pytest.raises(UserError, match="row 2: the label 'Dhoti pants' repeats 'dhoti_pants' of row 1"):
+    with pytest.raises(UserError, match="has the labels 'dhoti_pants' and 'Dhoti pants'"):
         read_labels(path)
     path.write_text("a photo of {}.\na picture\n")
-    with pytest.raises(UserError, match=r"labels.txt, row 2: a template has \{\}"):
+    with pytest.raises(UserError, match=r"labels.txt: a template has \{\} .* unlike 'a picture'"):
         read_templates(path)
     path.write_text("\n \n")
     with pytest.raises(UserError, match="contains no templates"):

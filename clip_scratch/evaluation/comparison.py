@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,9 +104,9 @@ class Comparison:
             found.append(Difference(row.name, self.rows[reference].name, value, low, high))
         return found
 
-    def text(self, ansi: bool = False) -> str:
-        """The table for a terminal: best results bold where it shows `ansi` codes, else with a star."""
-        return comparison_table.text(self, ansi)
+    def text(self) -> str:
+        """The table for a terminal, best results with a star."""
+        return comparison_table.text(self)
 
     def markdown(self) -> str:
         """The table in Markdown, best results bold."""
@@ -156,14 +157,14 @@ def compare(
         model = load(run, device)
         source, measured_split = checked_split(open_captions(model.cfg, captions_path, image_path), split)
         is_zero_shot = model.cfg.backend == "hf_clip" and record.epochs == 0
-        rows.append(Row(str(run_folder(run)), str(run), model.cfg, measure(model, source), record, is_zero_shot))
+        rows.append(Row("", str(run), model.cfg, measure(model, source), record, is_zero_shot))
         _check_same(rows[0], rows[-1])
     recorded = [] if captions_path or split != "valid" else _recorded(rows)
     for row in recorded:
         _check_same(row, rows[0])
     notes = _notes(rows, recorded, captions_path, image_path)
-    _name(rows, recorded)
     ordered = [*recorded, *sorted(rows, key=lambda row: not row.is_zero_shot)]
+    _name(ordered)
     return Comparison(ordered, measured_split, count_ambiguous(source.table), notes)
 
 
@@ -202,22 +203,18 @@ def _notes(rows: list[Row], recorded: list[Row], captions_path: str, image_path:
         if row.is_zero_shot and row.cfg.epochs
     ]
     covered = {row.model_name for row in [*rows, *recorded] if row.is_zero_shot}
-    missing: dict[str, CFG] = {}
-    for row in rows:
-        if row.cfg.backend == "hf_clip" and row.model_name not in covered:
-            missing.setdefault(row.model_name, row.cfg)
+    cfgs = {row.model_name: row.cfg for row in rows[::-1] if row.cfg.backend == "hf_clip"}
+    missing = {name: cfg for name, cfg in cfgs.items() if name not in covered}
+    if not covered and not missing:
+        missing = {"": rows[0].cfg}
     for name, cfg in missing.items():
         command = _zero_shot_command(cfg, captions_path, image_path, name)
-        notes.append(
-            f"There are no zero-shot results of {name} on these captions. To compare with them too: `{command}`"
-        )
-    if not covered and not missing:
-        command = _zero_shot_command(rows[0].cfg, captions_path, image_path)
-        notes.append(f"There is no zero-shot row. To compare with an untouched pretrained CLIP: `{command}`")
+        which = f"row of {name} on these captions" if name else "row"
+        notes.append(f"There is no zero-shot {which}. To compare with an untouched pretrained CLIP: `{command}`")
     return notes
 
 
-def _zero_shot_command(cfg: CFG, captions_path: str, image_path: str, model_name: str = "") -> str:
+def _zero_shot_command(cfg: CFG, captions_path: str, image_path: str, model_name: str) -> str:
     """The command that makes a zero-shot run on the captions of a run with settings `cfg`, or on another file's."""
     preset = PRESETS["hf_clip"]()
     if captions_path:
@@ -231,19 +228,12 @@ def _zero_shot_command(cfg: CFG, captions_path: str, image_path: str, model_name
     return shlex.join(["python", "-m", "clip_scratch.train", "hf_clip", "--epochs", "0", *words])
 
 
-def _name(rows: list[Row], recorded: list[Row]) -> None:
-    """Name every row: the last part of the run's path, or "zero-shot" and the last part of the model's name."""
-    runs = _short([row.name for row in rows])
-    zero_shot = [row for row in [*recorded, *rows] if row.is_zero_shot]
-    models = _short([row.model_name for row in zero_shot])
-    repeated = len(zero_shot) > len(models)  # several runs of one untouched model
-    for row in [*recorded, *rows]:
-        run = runs.get(row.name, "")
-        name = f"zero-shot {models[row.model_name]}" if row.is_zero_shot else run
-        row.name = f"{name} ({run})" if row.is_zero_shot and repeated and run else name
-
-
-def _short(paths: list[str]) -> dict[str, str]:
-    """The last part of each path, or the whole path where two last parts are equal."""
-    last = {path: Path(path).absolute().name for path in paths}
-    return {path: name if list(last.values()).count(name) == 1 else path for path, name in last.items()}
+def _name(rows: list[Row]) -> None:
+    """Name every row: the run's folder, or "zero-shot" and the last part of the model's name; equal names in full."""
+    for row in rows:
+        model, run = Path(row.model_name).name, run_folder(row.source).absolute().name
+        row.name = f"zero-shot {model}" if row.is_zero_shot else run
+    count = Counter(row.name for row in rows)
+    for row in rows:
+        if count[row.name] > 1:
+            row.name = f"{row.name} ({row.source})"

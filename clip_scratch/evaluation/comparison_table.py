@@ -31,14 +31,14 @@ def _percent(row: Row) -> list[float]:
     return [100 * row.measured.metrics[f"{kind}_retrieval_recall@{k}"] for _, kind, k in _RECALLS]
 
 
-def _cells(comparison: Comparison, bold: tuple[str, str]) -> list[list[str]]:
-    """The rows as strings, the best of each recall between the two marks of `bold`."""
-    figures = [[f"{value:.1f}" for value in _percent(row)] for row in comparison.rows]
-    best = [max(column, key=float) for column in zip(*figures, strict=True)]
+def _cells(comparison: Comparison, mark: str) -> list[list[str]]:
+    """The rows as strings, the best of each recall formatted by `mark`, like "**{}**"."""
+    recalls = [[f"{value:.1f}" for value in _percent(row)] for row in comparison.rows]
+    best = [max(column, key=float) for column in zip(*recalls, strict=True)]
     lines = []
-    for number, (row, values) in enumerate(zip(comparison.rows, figures, strict=True)):
+    for number, (row, values) in enumerate(zip(comparison.rows, recalls, strict=True)):
         record = row.record
-        marked = [bold[0] + v + bold[1] if v == top else v for v, top in zip(values, best, strict=True)]
+        marked = [mark.format(value) if value == top else value for value, top in zip(values, best, strict=True)]
         for way in (0, 1):
             low, high = 100 * comparison.intervals[:, number, way]
             marked[way * len(_KS)] += f" [{low:.1f}, {high:.1f}]"
@@ -63,19 +63,13 @@ def _epochs(record: RunRecord) -> str:
 def _count(n: int | None) -> str:
     if n is None:
         return _UNKNOWN
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return str(n)
+    return f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
 
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return _UNKNOWN
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _headline(comparison: Comparison) -> str:
@@ -128,25 +122,20 @@ def _difference_line(difference: Difference) -> str:
     return f"{difference.name} - {difference.zero_shot}: {', '.join(ways)}: {verdict}"
 
 
-def text(comparison: Comparison, ansi: bool = False) -> str:
-    """Columns for a terminal: the best results bold in `ansi` codes, else with a star."""
-    plain = [_HEADER, *_cells(comparison, ("", "") if ansi else ("", "*"))]
-    shown = [_HEADER, *_cells(comparison, ("\033[1m", "\033[0m"))] if ansi else plain
-    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-    lines = []
-    for bare, cells in zip(plain, shown, strict=True):  # codes have no width
-        padded = [cell + " " * (width - len(b)) for cell, b, width in zip(cells, bare, widths, strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    star = [] if ansi else ["* the best of its column"]
+def text(comparison: Comparison) -> str:
+    """Columns for a terminal, the best results with a star."""
+    rows = [_HEADER, *_cells(comparison, "{}*")]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
     differences = [_difference_line(difference) for difference in comparison.differences]
     below = [*([_DIFFERENCES, *differences, ""] if differences else []), *_notes(comparison)]
-    return "\n".join([_headline(comparison), "", *lines, *star, "", *below]).rstrip()
+    return "\n".join([_headline(comparison), "", *lines, "* the best of its column", "", *below]).rstrip()
 
 
 def markdown(comparison: Comparison) -> str:
     """A Markdown table with the best results bold, between a headline and the notes."""
     rule = ["---", *["---:"] * len(_RECALLS), "---:", "---", "---:", "---:", "---"]
-    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in _cells(comparison, ("**", "**"))]
+    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in _cells(comparison, "**{}**")]
     lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, rule, *rows)]
     parts = ["\n".join(lines)]
     if comparison.differences:
@@ -157,34 +146,23 @@ def markdown(comparison: Comparison) -> str:
 
 def csv_text(comparison: Comparison) -> str:
     """Recalls, interval ends and differences to zero-shot in percent, to six digits; empty where unknown."""
-    ways, ends = ("i2t", "t2i"), ("low", "high")
-    header = ["run", "zero_shot", "model_name", "split", "n_images", "n_captions"]
-    header += [f"{way}_r@{k}" for way, _, k in _RECALLS]
-    header += [f"{way}_r@1_{end}" for way in ways for end in ends]
-    header += [f"{way}_r@1_minus_zero_shot{end}" for way in ways for end in ("", "_low", "_high")]
-    header += ["epochs", "best_epoch", "learning_rate", "trained_parameters", "wall_seconds", "frozen", "wise_ft_alpha"]
     differences = {difference.name: difference for difference in comparison.differences}
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
+    lines = []
     for number, row in enumerate(comparison.rows):
+        line = {"run": row.name, "zero_shot": int(row.is_zero_shot), "model_name": row.model_name}
+        line |= {"split": comparison.split, "n_images": comparison.n_images, "n_captions": comparison.n_captions}
+        line |= {f"{way}_r@{k}": value for (way, _, k), value in zip(_RECALLS, _percent(row), strict=True)}
         difference = differences.get(row.name)
-        parts = (difference.value, difference.low, difference.high) if difference else None
-        figures = [
-            *_percent(row),
-            *(100 * comparison.intervals[:, number].T).ravel(),
-            *(100 * np.stack(parts, 1).ravel() if parts else [None] * 6),
-        ]
-        record = row.record
-        writer.writerow(
-            [
-                row.name, int(row.is_zero_shot), row.model_name,
-                comparison.split, comparison.n_images, comparison.n_captions,
-                *("" if value is None else f"{value:.6g}" for value in figures),
-                record.epochs, record.best_epoch, record.learning_rates, record.trained_parameters,
-                record.wall_seconds, record.frozen, record.wise_ft_alpha,
-            ]
-        )  # fmt: skip
+        for i, way in enumerate(("i2t", "t2i")):
+            line[f"{way}_r@1_low"], line[f"{way}_r@1_high"] = 100 * comparison.intervals[:, number, i]
+            for name, end in (("value", ""), ("low", "_low"), ("high", "_high")):
+                line[f"{way}_r@1_minus_zero_shot{end}"] = 100 * getattr(difference, name)[i] if difference else None
+        lines.append(line | vars(row.record))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, lines[0], lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
     return out.getvalue()
 
 

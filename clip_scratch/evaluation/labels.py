@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -70,60 +70,50 @@ def image_labels(table: pd.DataFrame, source: str) -> pd.Series:
 
 
 def read_labels(path: str | Path) -> list[str]:
-    """The labels of a text file, one a line; blank lines are ignored.
-
-    Raises UserError where it cannot be read, is empty, or repeats a label up to case, spacing and underscores: most
-    tokenizers could not tell the two prompts apart.
-    """
-    lines = _lines(path, "labels")
-    labels = [label for _, label in lines]
-    if pair := _alike(labels):
-        (row, label), (other_row, other) = (lines[place] for place in pair)
-        raise UserError(f"{path}, row {other_row}: the label {other!r} repeats {label!r} of row {row}")
+    """The labels of a text file, one a line. Raises UserError where it cannot be read, and as `check_distinct`."""
+    labels = _lines(path, "labels")
+    check_distinct(labels, str(path))
     return labels
 
 
-def distinct_labels(given: Iterable[str], source: str) -> list[str]:
-    """The distinct labels of the images of `source`, sorted. Raises UserError for repetitions, as `read_labels`."""
-    labels = sorted(set(given))
-    if pair := _alike(labels):
-        one, other = (labels[place] for place in pair)
-        raise UserError(
-            f"{source} has the labels {one!r} and {other!r}, which prompts cannot tell apart: spell them alike if they "
-            "are one class, and in different words if they are two"
-        )
+def labels_of(table: pd.DataFrame, source: str) -> list[str]:
+    """The distinct labels of a caption table, sorted. Raises UserError as `image_labels` and `check_distinct`."""
+    labels = sorted(set(image_labels(table, source)))
+    check_distinct(labels, source)
     return labels
 
 
-def _alike(labels: Sequence[str]) -> tuple[int, int] | None:
-    """The places of two labels that differ in no more than case, spacing and underscores; None without such."""
-    places: dict[str, int] = {}
-    for place, label in enumerate(labels):
+def check_distinct(labels: Sequence[str], source: str) -> None:
+    """Raise UserError for two labels that prompts cannot tell apart: equal up to case, spacing and underscores."""
+    seen: dict[str, str] = {}
+    for label in labels:
         words = " ".join(label.replace("_", " ").lower().split())
-        if words in places:
-            return places[words], place
-        places[words] = place
-    return None
+        if words in seen:
+            raise UserError(
+                f"{source} has the labels {seen[words]!r} and {label!r}, which prompts cannot tell apart: spell them "
+                "alike if they are one class, and in different words if they are two"
+            )
+        seen[words] = label
 
 
 def read_templates(path: str | Path) -> list[str]:
     """The templates of a text file, one a line, with {} where the label goes. Raises UserError where one has none."""
-    lines = _lines(path, "templates")
-    for row, template in lines:
+    templates = _lines(path, "templates")
+    for template in templates:
         if "{}" not in template:
-            raise UserError(f"{path}, row {row}: a template has {{}} where the label goes, unlike {template!r}")
-    return [template for _, template in lines]
+            raise UserError(f"{path}: a template has {{}} where the label goes, unlike {template!r}")
+    return templates
 
 
-def _lines(path: str | Path, what: str) -> list[tuple[int, str]]:
-    """(row, text) of each line that is not blank. Raises UserError where the file cannot be read or has none."""
+def _lines(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file that are not blank. Raises UserError where it cannot be read or has none."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read the {what} file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the {what} file {path} is not UTF-8 text") from error
-    lines = [(row, line.strip()) for row, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{path} contains no {what}")
     return lines

@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..errors import UserError
 from .classification import UNSEEN, Classified, classification_metrics
 
 C_GRID = tuple(10.0**power for power in range(-3, 7))  # inverse strengths of the L2 penalty that are tried
-_HELD_OUT = 5  # one training image in so many is held out, where C cannot be chosen on the validation split
+_HELD_OUT = 5  # one image of a class in so many is held out, where C cannot be chosen on the validation split
 
 
 def fit(features: np.ndarray, labels: Sequence[str], c: float):
@@ -47,23 +48,19 @@ def choose_c(
 
 
 def hold_out(labels: Sequence[str], seed: int = 0) -> np.ndarray:
-    """A mask (N,) of about a fifth of the images, stratified by class; each class has an image left.
+    """A mask (N,) of one image in five, drawn from each class with two images or more, of which one at least stays.
 
     Raises UserError where every class has one image only.
     """
-    labels = np.asarray(labels)
     order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # by class, at random within each
-    _, first = np.unique(labels[order], return_index=True)
-    spare = np.delete(order, first)  # without one image of each class
-    if not len(spare):
+    shuffled = pd.Series(np.asarray(labels)[order])
+    mask = np.zeros(len(labels), dtype=bool)
+    mask[order[shuffled.groupby(shuffled).cumcount() % _HELD_OUT == 1]] = True
+    if not mask.any():
         raise UserError(
             "every class has only one training image, so none can be held out to choose the regularisation: "
             "add images, or report another split than valid"
         )
-    n = min(len(spare), max(1, round(len(labels) / _HELD_OUT)))
-    mask = np.zeros(len(labels), dtype=bool)
-    mask[spare[np.linspace(0, len(spare), n, endpoint=False).astype(int)]] = True  # evenly, so by class size
     return mask
 
 

@@ -83,20 +83,6 @@ def _rate(rate: float) -> str:
 
 
 def _frozen(cfg: CFG) -> str:
-    """What was frozen in the towers, in words."""
-    words = {tower: _frozen_in(policy, cfg) for tower, policy in frozen_parts(cfg).items()}
-    if words["image"] == words["text"]:
-        return words["image"]
-    return "; ".join(f"{tower}: {frozen}" for tower, frozen in words.items())
-
-
-def _frozen_in(policy: str, cfg: CFG) -> str:
-    word, _, n = policy.partition(":")
-    return {
-        "none": "nothing",
-        "all": "all",
-        "backbone": "all but the projection",
-        "lora": f"all (LoRA, rank {cfg.lora_rank})",
-        "first": f"first {n} blocks",
-        "all-but-last": f"all but the last {n} blocks",
-    }[word]
+    """What was frozen, in the words of `image_freeze` and `text_freeze`."""
+    image, text = frozen_parts(cfg).values()
+    return image if image == text else f"image {image}, text {text}"
