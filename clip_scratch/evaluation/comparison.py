@@ -104,21 +104,9 @@ class Comparison:
             found.append(Difference(row.name, self.rows[reference].name, value, low, high))
         return found
 
-    def text(self) -> str:
-        """The table for a terminal, best results with a star."""
-        return comparison_table.text(self)
-
-    def markdown(self) -> str:
-        """The table in Markdown, best results bold."""
-        return comparison_table.markdown(self)
-
-    def csv(self) -> str:
-        """The table for a spreadsheet: recalls, intervals and differences in percent, to six digits."""
-        return comparison_table.csv_text(self)
-
-    def chart(self, path: str | Path) -> Path:
-        """Write a bar chart of R@1 both ways, with the intervals. Raises UserError where it cannot be written."""
-        return comparison_table.chart(self, path)
+    # Methods of comparison_table.py, which shows the table
+    text, markdown = comparison_table.text, comparison_table.markdown
+    csv, chart = comparison_table.csv_text, comparison_table.chart
 
     def write(self, markdown: str | Path = "", csv: str | Path = "", chart: str | Path = "") -> None:
         """Write the table to the files that are given."""
