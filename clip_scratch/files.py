@@ -58,6 +58,21 @@ def write_json(path: Path, content: object) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
+def check_target(path: str | Path, suffix: str = "") -> None:
+    """Raise UserError where no file can be written at `path`, before the work that would fill it; "" names no file."""
+    if not path:
+        return
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: the folder {path.parent} is not writable")
+    if path.suffix.lower() != suffix and suffix:
+        raise UserError(f"cannot write {path}: its name must end in {suffix}")
+
+
 def write_figure(figure, path: str | Path) -> Path:
     """Write a matplotlib figure in the format of the path's suffix. Raises UserError where it cannot be written."""
     path = Path(path)

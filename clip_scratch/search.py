@@ -9,8 +9,6 @@ from tyro.conf import Positional
 
 from .errors import UserError, run_command
 
-_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
 
 @dataclass
 class Arguments:
@@ -20,43 +18,40 @@ class Arguments:
     query: Positional[str]  # a sentence, or the path of an image
     images: str = ""  # folder to search, with all below it; empty: the run's validation images
     n: int = 9  # how many to show
-    save: str = ""  # write the grid of images found to this PNG
-
-
-def images_below(folder: Path) -> list[str]:
-    """The image files below a folder, as sorted paths relative to it. Raises UserError where there are none."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} to search")
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in _ENDINGS)
-    if not names:
-        raise UserError(f"there are no images below {folder}")
-    return names
+    save: str = ""  # write the grid of the images found to this PNG
+    device: str = "auto"  # cpu, cuda, ...; auto: the best available
 
 
 def main(arguments: Arguments) -> None:
     """Print the best matches with their cosine scores, and draw them where asked."""
-    from .data.captions import image_folder, read_captions, split_of
+    from .config import CFG
+    from .data.captions import read_captions, split_of
+    from .data.images import IMAGE_SUFFIXES, images_below
+    from .device import out_of_memory_advice, pick_device
+    from .files import check_target
     from .models.saved import load
-    from .retrieval.embed import encode_image
+    from .retrieval.embed import encode_image, trained_folder
     from .retrieval.matches import find_captions, find_matches
 
-    model = load(arguments.run)
-    if Path(arguments.query).suffix.lower() in _ENDINGS:
-        table = split_of(read_captions(model.cfg), "valid", model.cfg.captions_path)
-        for caption, score in find_captions(model, arguments.query, table["caption"].tolist(), arguments.n):
-            print(f"{score:6.3f}  {caption}")
-        return
-    if arguments.images:
-        folder = Path(arguments.images)
-        names = images_below(folder)
-    else:
-        table = split_of(read_captions(model.cfg), "valid", model.cfg.captions_path)
-        folder = image_folder(model.cfg, table)
-        names = table["image"].drop_duplicates().tolist()
-    embeddings = encode_image(model, [folder / name for name in names], progress=True)
-    matches = find_matches(
-        model, embeddings, arguments.query, names, arguments.n, image_path=folder, save=arguments.save or None
-    )
+    by_image = Path(arguments.query).suffix.lower() in IMAGE_SUFFIXES
+    if by_image and arguments.images:
+        raise UserError("an image as the query finds captions of the run's validation images: leave out --images")
+    check_target(arguments.save)
+    with out_of_memory_advice("free some memory, or use --device cpu"):
+        model = load(arguments.run, str(pick_device(CFG(device=arguments.device))))
+        if arguments.images:
+            folder = Path(arguments.images)
+            names, on_bad_image = images_below(folder), "skip"
+        else:
+            table = split_of(read_captions(model.cfg), "valid", model.cfg.captions_path)
+            if by_image:
+                for caption, score in find_captions(model, arguments.query, table["caption"].tolist(), arguments.n):
+                    print(f"{score:6.3f}  {caption}")
+                return
+            folder = trained_folder(model.cfg, table)
+            names, on_bad_image = table["image"].drop_duplicates().tolist(), model.cfg.on_bad_image
+        embeddings = encode_image(model, [folder / name for name in names], progress=True, on_bad_image=on_bad_image)
+        matches = find_matches(model, embeddings, arguments.query, names, arguments.n, folder, arguments.save or None)
     print(matches)
     if arguments.save:
         print(f"written: {arguments.save}")

@@ -323,7 +323,7 @@ def test_evaluate(refused, finished, tmp_path, tiny_data, run_copy):
     assert "no captions file" in wrong(captions_path=str(tmp_path / "none.csv"))
     assert "no image folder" in wrong(image_path=str(tmp_path / "none"))
     assert "there is no folder" in wrong(json=str(tmp_path / "none/x.json"))
-    assert "is a folder" in wrong(json=str(tmp_path))
+    assert "it is a folder" in wrong(json=str(tmp_path))
     weights = run_copy / "best/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "does not fit its settings" in wrong(run_copy)
@@ -340,7 +340,10 @@ def test_search(refused, finished, tmp_path):
     assert "there are no images" in wrong(images=str(tmp_path))
     assert "n is at least 1" in wrong(n=0)
     assert "none.png" in wrong(query=str(tmp_path / "none.png"))
-    assert "cannot write the picture" in wrong(save=str(tmp_path / "none/x.png"))
+    assert "there is no folder" in wrong(save=str(tmp_path / "none/x.png"))
+    assert "device 'nonsense' is not available" in wrong(device="nonsense")
+    (tmp_path / "photos").mkdir()
+    assert "leave out --images" in wrong(query=str(tmp_path / "none.png"), images=str(tmp_path / "photos"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.jpg").write_bytes(b"no picture")
     assert "x.jpg" in wrong(images=str(tmp_path / "bad"))
@@ -357,9 +360,10 @@ def test_the_data_of_a_run_are_gone(refused, run_copy, tmp_path):
 
 
 def test_the_commands_themselves(tmp_path):
-    """The three verbs as processes of their own: exit status 2, one line, nothing else."""
+    """The verbs as processes of their own: exit status 2, one line, nothing else."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     commands = [["train", "flicker8k"], ["evaluate", "nowhere"], ["search", "nowhere", "a dog"]]
+    commands += [["compare", "nowhere"], ["classify", "nowhere"]]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", f"clip_scratch.{command[0]}", *command[1:]],

@@ -16,6 +16,7 @@ from clip_scratch.data.images import load_image
 from clip_scratch.errors import UserError
 from clip_scratch.evaluation.zero_shot import classify
 from clip_scratch.models.clip import CLIPModel
+from clip_scratch.models.saved import prepare_best, save_best
 from clip_scratch.retrieval.embed import encode_image, encode_text, get_image_embeddings
 from clip_scratch.retrieval.exact import ExactSearch
 from clip_scratch.retrieval.matches import Matches, find_captions, find_matches, save_grid
@@ -102,6 +103,18 @@ def test_a_prepared_search_gives_the_same(model, rows, names, tiny_data):
     assert find_captions(model, image, captions, text_embeddings=search) == find_captions(model, image, captions)
 
 
+def test_the_image_folder_is_only_looked_for_to_draw(model, rows, names, tiny_data, tmp_path):
+    """Finding reads no captions file; drawing takes the folder that training found, or looks for it."""
+    model.cfg = dataclasses.replace(model.cfg, captions_path=str(tmp_path / "moved.csv"), image_path="")
+    matches = find_matches(model, rows, "red", names, n=2)
+    assert len(matches) == 2
+    with pytest.raises(UserError, match=r"no captions file .*moved.csv"):
+        matches.figure()
+    model.cfg = dataclasses.replace(model.cfg, image_path=str(tiny_data.image_path))
+    assert find_matches(model, rows, "red", names, n=2).folder == Path(tiny_data.image_path)
+    assert find_matches(model, rows, "red", names, n=2, image_path=tmp_path).folder == tmp_path
+
+
 def test_matches_behave_like_a_sequence_and_print(model, rows, names):
     matches = find_matches(model, rows, "a red square", pd.Series(names), n=3)
     assert isinstance(matches, Matches) and matches.query == "a red square"
@@ -134,7 +147,7 @@ def test_nothing_to_find_and_nothing_asked(model, rows, names, tmp_path):
     assert find_matches(model, rows, [], names, save=tmp_path / "none.png") == []
 
 
-def test_wrong_arguments_are_told(model, rows, names):
+def test_wrong_arguments(model, rows, names):
     with pytest.raises(UserError, match=f"{len(rows)} image_embeddings, but 3 image_filenames"):
         find_matches(model, rows, "red", names[:3])
     with pytest.raises(UserError, match="n is at least 1, not 0"):
@@ -189,7 +202,7 @@ def test_missing_and_broken_images_are_drawn_as_text(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nand no more")
     matches = Matches("red", [("gone.png", 0.9), ("broken.png", 0.5)], tmp_path)
     texts = [text.get_text() for axis in matches.figure().findobj(match=_is_axes) for text in axis.texts]
-    assert texts == ["gone.png\n(file is gone)", "broken.png\n(cannot be read)"]
+    assert texts == ["gone.png\n(file is missing)", "broken.png\n(cannot be read)"]
     assert close_to(decoded(matches._repr_png_()), (0, 0, 0)) > 100
 
 
@@ -212,7 +225,7 @@ def test_any_query_can_be_drawn(tiny_data, query, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 5, 10_000])
 def test_captions_are_distinct_and_scored_by_cosine(model, tiny_data, n):
-    captions = tiny_data.table["caption"].tolist()  # "green" and its like stand under several images
+    captions = tiny_data.table["caption"].tolist()  # "green" and others belong to several images
     image = paths(tiny_data, 1)[0]
     found = find_captions(model, image, captions, n=n)
     vector = encode_image(model, image)[0].double()
@@ -290,8 +303,38 @@ def test_an_unreadable_image_is_named(model, tiny_data, tmp_path):
         with pytest.raises(UserError, match=f"{bad} cannot be read as an image"):
             encode_image(model, [good, tmp_path / bad])
     for array in (np.zeros((4, 4, 3), np.float32), np.zeros((2, 4, 4, 3), np.uint8)):
-        with pytest.raises(UserError, match="an image cannot be read as an image"):
-            encode_image(model, array)
+        with pytest.raises(UserError, match="image 1 cannot be read as an image"):
+            encode_image(model, [good, array])
+
+
+def test_images_that_cannot_be_read_are_skipped_counted_and_named(model, tiny_data, tmp_path, capsys):
+    """One broken file does not end a search: its row is zeros, and zeros are never found."""
+    good = paths(tiny_data, 3)
+    (tmp_path / "half.png").write_bytes(good[0].read_bytes()[:200])
+    images = [good[0], tmp_path / "half.png", good[1], tmp_path / "gone.png", good[2]]
+    embeddings = encode_image(model, images, batch_size=2, on_bad_image="skip")
+    torch.testing.assert_close(embeddings[[0, 2, 4]], encode_image(model, good), rtol=0, atol=1e-6)
+    assert not embeddings[[1, 3]].any()
+    printed = capsys.readouterr().err
+    assert "skipped 2 of 5 images" in printed and "half.png: cannot be decoded" in printed
+    assert "gone.png: no such file" in printed
+    names = [path.name for path in images]
+    opposite = -embeddings  # zeros now score above every image
+    for rows in (embeddings, opposite):
+        assert {name for name, _ in find_matches(model, rows, "red", names)} == {path.name for path in good}
+    with pytest.raises(UserError, match="none of the 2 images can be read"):
+        encode_image(model, [images[1], images[3]], on_bad_image="skip")
+
+
+def test_embeddings_are_ordinary_tensors(model, tiny_data):
+    """In-place arithmetic and a linear probe in torch work on them; on inference tensors both raise."""
+    images, texts = encode_image(model, paths(tiny_data, 4)), encode_text(model, QUERIES)
+    for embeddings in (images, texts):
+        embeddings /= 2
+        probe = torch.nn.Linear(32, 2)
+        loss = torch.nn.functional.cross_entropy(probe(embeddings), torch.tensor([0, 1, 0, 1]))
+        loss.backward()
+        assert probe.weight.grad.abs().sum() > 0 and not embeddings.is_inference()
 
 
 # --- get_image_embeddings ---------------------------------------------------------------------------------------
@@ -330,8 +373,24 @@ def test_image_embeddings_of_no_rows(run, tiny_data):
     assert get_image_embeddings(tiny_data.table.iloc[:0], run / "best")[1].shape == (0, 32)
 
 
+def test_image_embeddings_after_bad_images_were_skipped(run, model, cfg, tiny_data, capsys):
+    """A run that skipped bad images can be searched: the table still names them, and they are never found."""
+    prepare_best(run / "best", model, dataclasses.replace(cfg, on_bad_image="skip"))
+    table = pd.concat([tiny_data.table, tiny_data.table.iloc[:1].assign(image="bad.png")], ignore_index=True)
+    loaded, embeddings = get_image_embeddings(table, run, device="cpu")
+    assert len(embeddings) == len(table) and not embeddings[-1].any()
+    assert "bad.png: no such file" in capsys.readouterr().err
+    found = find_matches(loaded, embeddings, "a red square", table["image"], n=40)
+    assert sorted(name for name, _ in found) == sorted(set(tiny_data.table["image"]))
+
+
+def test_image_embeddings_take_a_device(run, tiny_data):
+    with pytest.raises(UserError, match="device 'nonsense' is not available"):
+        get_image_embeddings(tiny_data.table, run, device="nonsense")
+
+
 def test_image_embeddings_of_a_missing_image_or_run(run, tiny_data):
-    with pytest.raises(UserError, match="nosuch.png cannot be read"):
+    with pytest.raises(UserError, match="nosuch.png cannot be read as an image: no such file"):
         get_image_embeddings(tiny_data.table.assign(image="nosuch.png"), run)
     with pytest.raises(UserError, match="is not a run folder"):
         get_image_embeddings(tiny_data.table, run / "nosuch")
@@ -361,5 +420,5 @@ def test_classify_one_image_none_and_a_wrong_template(model, tiny_data):
     image = paths(tiny_data, 1)[0]
     assert classify(model, image, ["red"]) == [[("red", 1.0)]]
     assert classify(model, [], ["red", "blue"]) == []
-    with pytest.raises(UserError, match="a template holds {} where the label goes, not 'a photo'"):
+    with pytest.raises(UserError, match="a template has {} where the label goes, unlike 'a photo'"):
         classify(model, image, ["red"], templates=["a {}", "a photo"])

@@ -19,7 +19,7 @@ def from_similarity(rows):
 
 
 def slow_recall(similarity, own, ks):
-    """Rank by rank, in plain Python. Similarity of captions by images; a tie stands before the right one."""
+    """Rank by rank, in plain Python. Similarity of captions by images; a tie ranks before the right one."""
     image_ranks, text_ranks = [], []
     for c, row in enumerate(similarity):
         image_ranks.append(1 + sum(x >= row[own[c]] for i, x in enumerate(row) if i != own[c]))

@@ -1,4 +1,4 @@
-"""Zero-shot classification: figures against numpy and scikit-learn, prompt ensembles by hand, the command."""
+"""Zero-shot classification: metrics against numpy and scikit-learn, prompt ensembles by hand, the command."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from clip_scratch import classify, encode_image, encode_text, evaluate, load
-from clip_scratch.config import CFG
+from clip_scratch import classify, encode_image, encode_text, load
+from clip_scratch.classify import Arguments, main
 from clip_scratch.errors import UserError
 from clip_scratch.evaluation.classification import (
     UNSEEN,
@@ -24,18 +24,22 @@ from clip_scratch.evaluation.classification import (
     draw_confusion,
     format_classification,
 )
-from clip_scratch.evaluation.sample import Images, count_ambiguous, image_labels, images_of_folder
-from clip_scratch.evaluation.zero_shot import (
-    distinct_labels,
-    label_embeddings,
+from clip_scratch.evaluation.labels import (
+    LabelledImages,
+    check_distinct,
+    image_labels,
+    labelled_folder,
+    labels_of,
     read_labels,
     read_templates,
     targets_of,
 )
+from clip_scratch.evaluation.measure import count_ambiguous
+from clip_scratch.evaluation.zero_shot import label_embeddings
 
 NAMES = list("abcdefghij")
 
-# ---- figures
+# ---- metrics
 
 
 def test_figures_by_hand():
@@ -151,10 +155,10 @@ def test_underscores_are_spaces_in_prompts_but_not_in_answers(model, tiny_data):
 
 
 def test_labels_that_prompts_cannot_tell_apart():
-    assert distinct_labels(["b", "a", "b"], "f.csv") == ["a", "b"]
+    assert labels_of(table_of(("1", "x", "b"), ("2", "y", "a"), ("3", "z", "b")), "f.csv") == ["a", "b"]
     for one, other in (("Saree", "saree"), ("men  mojaris", "men mojaris"), ("dhoti pants", "dhoti_pants")):
         with pytest.raises(UserError, match=f"f.csv has the labels '{one}' and '{other}'"):
-            distinct_labels([other, "gowns", one], "f.csv")
+            check_distinct([one, "gowns", other], "f.csv")
 
 
 def test_label_and_template_files(tmp_path):
@@ -162,16 +166,16 @@ def test_label_and_template_files(tmp_path):
     path.write_text("\ufeffflip flops\r\n\n  T-shirt \nSarees", encoding="utf-8")
     assert read_labels(path) == ["flip flops", "T-shirt", "Sarees"]
     path.write_text("dog\ncat\n\nDog\n")
-    with pytest.raises(UserError, match=r"labels.txt, row 4: the label 'Dog' stands in row 1 already, as 'dog'"):
+    with pytest.raises(UserError, match=r"labels.txt has the labels 'dog' and 'Dog', which prompts cannot"):
         read_labels(path)
     path.write_text("dhoti_pants\nDhoti pants\n")
-    with pytest.raises(UserError, match="row 2: the label 'Dhoti pants' stands in row 1 already, as 'dhoti_pants'"):
+    with pytest.raises(UserError, match="has the labels 'dhoti_pants' and 'Dhoti pants'"):
         read_labels(path)
     path.write_text("a photo of {}.\na picture\n")
-    with pytest.raises(UserError, match=r"labels.txt, row 2: a template holds \{\}"):
+    with pytest.raises(UserError, match=r"labels.txt: a template has \{\} .* unlike 'a picture'"):
         read_templates(path)
     path.write_text("\n \n")
-    with pytest.raises(UserError, match="is empty: it holds no templates"):
+    with pytest.raises(UserError, match="contains no templates"):
         read_templates(path)
     path.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(UserError, match="not UTF-8"):
@@ -184,16 +188,16 @@ def test_label_and_template_files(tmp_path):
 
 
 def test_labels_of_folders(tmp_path):
-    images = images_of_folder(tmp_path, ["dog/1.jpg", "cat/sub/2.jpg"])
+    images = labelled_folder(tmp_path, ["dog/1.jpg", "cat/sub/2.jpg"])
     assert images.labels == ["dog", "cat"] and images.paths[1] == tmp_path / "cat/sub/2.jpg"
-    assert images_of_folder(tmp_path, ["1.jpg", "2.jpg"]).labels == []
-    with pytest.raises(UserError, match=r"2.jpg lies beside the folders"):
-        images_of_folder(tmp_path, ["dog/1.jpg", "2.jpg"])
+    assert labelled_folder(tmp_path, ["1.jpg", "2.jpg"]).labels == []
+    with pytest.raises(UserError, match=r"2.jpg is beside the folders"):
+        labelled_folder(tmp_path, ["dog/1.jpg", "2.jpg"])
 
 
 def test_a_label_that_is_not_among_the_labels():
     def targets(true, labels):
-        return targets_of(Images("valid", Path(), ["1.jpg", "2.jpg"], true), labels)
+        return targets_of(LabelledImages("valid", Path(), ["1.jpg", "2.jpg"], true), labels)
 
     assert targets(["b", "a"], ["a", "b"]).tolist() == [1, 0]
     with pytest.raises(UserError, match="'Sari' of 2.jpg is not among the 2 labels. Did you mean Saris"):
@@ -207,13 +211,13 @@ def table_of(*rows):
 
 def test_image_labels():
     table = table_of(("a", "x", "dog"), ("a", "y", " dog"), ("b", "z", 3))
-    assert image_labels(CFG, table).to_dict() == {"a": "dog", "b": "3"}
+    assert image_labels(table, "f.csv").to_dict() == {"a": "dog", "b": "3"}
     with pytest.raises(UserError, match=r"a has two labels: 'dog' \(f.csv, row 2\) and 'cat' \(f.csv, row 3\)"):
-        image_labels(CFG, table_of(("a", "x", "dog"), ("a", "y", "cat")))
+        image_labels(table_of(("a", "x", "dog"), ("a", "y", "cat")), "f.csv")
     with pytest.raises(UserError, match="f.csv, row 3: b has no label"):
-        image_labels(CFG, table_of(("a", "x", "dog"), ("b", "y", None)))
-    with pytest.raises(UserError, match="no column of labels"):
-        image_labels(CFG, table.drop(columns="label"))
+        image_labels(table_of(("a", "x", "dog"), ("b", "y", None)), "f.csv")
+    with pytest.raises(UserError, match="f.csv has no column of labels"):
+        image_labels(table.drop(columns="label"), "f.csv")
 
 
 def test_ambiguous_captions():
@@ -237,13 +241,13 @@ def labelled(tiny_data, tmp_path):
 def run_command(run, labelled, tiny_data, **settings):
     target = labelled / "figures.json"
     settings = {"captions_path": str(labelled / "labelled.csv"), "image_path": str(tiny_data.image_path)} | settings
-    evaluate.main(evaluate.Arguments(str(run.folder), device="cpu", json=str(target), **settings))
+    main(Arguments(str(run.folder), device="cpu", json=str(target), **settings))
     return json.loads(target.read_text())
 
 
 def test_the_command_equals_numpy(scene_run, model, labelled, tiny_data, capsys):
     matrix = labelled / "m.png"
-    found = run_command(scene_run, labelled, tiny_data, zero_shot=str(labelled / "labels.txt"), confusion=str(matrix))
+    found = run_command(scene_run, labelled, tiny_data, labels=str(labelled / "labels.txt"), confusion=str(matrix))
     table = pd.read_csv(labelled / "labelled.csv")
     firsts = table[table["split"] == "valid"].drop_duplicates("image")
     colours = ["red", "green", "blue", "yellow"]
@@ -258,7 +262,7 @@ def test_the_command_equals_numpy(scene_run, model, labelled, tiny_data, capsys)
     out = capsys.readouterr().out
     assert out.startswith("zero-shot, valid: 6 images, 4 classes, 3 templates") and "rsum" not in out
     assert Image.open(matrix).format == "PNG"
-    same = run_command(scene_run, labelled, tiny_data, zero_shot="table")
+    same = run_command(scene_run, labelled, tiny_data)
     assert same["acc@1"] == found["acc@1"] and same["per_class_recall"] == found["per_class_recall"]
 
 
@@ -268,7 +272,7 @@ def test_templates_and_folders(scene_run, labelled, tiny_data, capsys):
         folder = labelled / "photos" / ["red", "green", "blue", "yellow"][i % 4]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / image.name).write_bytes(image.read_bytes())
-    settings = {"zero_shot": str(labelled / "labels.txt"), "templates": str(labelled / "templates.txt")}
+    settings = {"labels": str(labelled / "labels.txt"), "templates": str(labelled / "templates.txt")}
     settings |= {"captions_path": "", "image_path": ""}
     found = run_command(scene_run, labelled, tiny_data, **settings, images=str(labelled / "photos"))
     assert found["n_images"] == 8 and set(found["per_class_recall"]) == {"red", "green", "blue", "yellow"}
@@ -291,22 +295,33 @@ def test_mistakes(scene_run, labelled, tiny_data, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "cannot read the labels file" in wrong(zero_shot=str(tmp_path / "none.txt"))
+    assert "cannot read the labels file" in wrong(labels=str(tmp_path / "none.txt"))
     (tmp_path / "few.txt").write_text("red\ngreen\nblue\nyelow\n")
-    line = wrong(zero_shot=str(tmp_path / "few.txt"))
+    line = wrong(labels=str(tmp_path / "few.txt"))
     assert "the label 'yellow' of 23.png is not among the 4 labels. Did you mean yelow?" in line
-    assert "no column of labels" in wrong(zero_shot="table", captions_path=str(tiny_data.captions_path))
-    labels, nowhere = str(labelled / "labels.txt"), str(tmp_path / "nowhere")
-    assert "there is no folder" in wrong(zero_shot=labels, images=nowhere, captions_path="", image_path="")
-    assert "--captions-path is of no use with --images" in wrong(zero_shot=labels, images=nowhere)
-    assert "--image-path is of no use with --images" in wrong(zero_shot=labels, images=nowhere, captions_path="")
-    assert "--split is of no use with --images" in wrong(zero_shot="table", images=nowhere, split="test")
-    assert "there is no folder" in wrong(zero_shot="table", images=nowhere)  # whose labels the captions file holds
+    assert "no column of labels" in wrong(captions_path=str(tiny_data.captions_path))
+    assert "there is no folder" in wrong(images=str(tmp_path / "nowhere"))
+    assert "there is no folder" in wrong(confusion=str(tmp_path / "none/m.png"))
+    assert "must end in .png" in wrong(confusion=str(tmp_path / "m.txt"))
+    for name in ("labels", "templates", "images"):
+        assert "leave out --labels, --templates and --images" in wrong(linear_probe=True, **{name: "x"})
     table = pd.read_csv(labelled / "labelled.csv")
     table.loc[table["image"] == "00.png", "label"] = "Red"
     table.to_csv(tmp_path / "twice.csv", index=False)
-    line = wrong(zero_shot="table", captions_path=str(tmp_path / "twice.csv"))
+    line = wrong(captions_path=str(tmp_path / "twice.csv"))
     assert "twice.csv has the labels 'Red' and 'red', which prompts cannot tell apart" in line
-    assert "one of --zero-shot or --linear-probe" in wrong(
-        zero_shot="table", linear_probe=True, confusion=str(tmp_path / "m.png")
-    )
+
+
+def test_a_bad_image_in_a_folder_is_skipped(scene_run, labelled, tiny_data, capsys):
+    for i, image in enumerate(sorted(tiny_data.image_path.glob("*"))[:4]):
+        folder = labelled / "photos" / ["red", "green"][i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / image.name).write_bytes(image.read_bytes() if i else b"no picture")
+    found = run_command(scene_run, labelled, tiny_data, images=str(labelled / "photos"))
+    assert found["n_images"] == 3 and "skipped 1 of 4 images" in capsys.readouterr().err
+
+
+def test_the_function_stays_public_when_the_verb_of_its_name_is_imported():
+    import clip_scratch
+
+    assert clip_scratch.classify is classify and callable(clip_scratch.compare)

@@ -1,4 +1,4 @@
-"""How a comparison of runs is shown: text, Markdown, CSV and a bar chart."""
+"""A comparison of runs as text, Markdown, CSV and a bar chart."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def _percent(row: Row) -> list[float]:
     return [100 * row.measured.metrics[f"{kind}_retrieval_recall@{k}"] for _, kind, k in _RECALLS]
 
 
-def _cells(comparison: Comparison, bold: tuple[str, str]) -> list[list[str]]:
-    """The rows as strings, the best figure of each recall between the two marks of `bold`."""
-    figures = [[f"{value:.1f}" for value in _percent(row)] for row in comparison.rows]
-    best = [max(column, key=float) for column in zip(*figures, strict=True)]
+def _cells(comparison: Comparison, mark: str) -> list[list[str]]:
+    """The rows as strings, the best of each recall formatted by `mark`, like "**{}**"."""
+    recalls = [[f"{value:.1f}" for value in _percent(row)] for row in comparison.rows]
+    best = [max(column, key=float) for column in zip(*recalls, strict=True)]
     lines = []
-    for number, (row, values) in enumerate(zip(comparison.rows, figures, strict=True)):
+    for number, (row, values) in enumerate(zip(comparison.rows, recalls, strict=True)):
         record = row.record
-        marked = [bold[0] + v + bold[1] if v == top else v for v, top in zip(values, best, strict=True)]
+        marked = [mark.format(value) if value == top else value for value, top in zip(values, best, strict=True)]
         for way in (0, 1):
             low, high = 100 * comparison.intervals[:, number, way]
             marked[way * len(_KS)] += f" [{low:.1f}, {high:.1f}]"
@@ -56,26 +56,20 @@ def _epochs(record: RunRecord) -> str:
         return _UNKNOWN
     if not record.epochs:
         return "0"
-    kept = "mixed" if record.wise_ft_alpha is not None else f"best {record.best_epoch}"
-    return f"{record.epochs} ({kept})"
+    chosen = "averaged" if record.wise_ft_alpha is not None else f"best {record.best_epoch}"
+    return f"{record.epochs} ({chosen})"
 
 
 def _count(n: int | None) -> str:
     if n is None:
         return _UNKNOWN
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return str(n)
+    return f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
 
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return _UNKNOWN
-    minutes = round(seconds / 60)
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _headline(comparison: Comparison) -> str:
@@ -86,7 +80,7 @@ def _headline(comparison: Comparison) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """What the reader of the table should know besides."""
+    """What a reader needs to know about the rows."""
     notes = []
     for row in comparison.rows:
         alpha, epoch = row.record.wise_ft_alpha, row.record.best_epoch
@@ -94,11 +88,11 @@ def _notes(comparison: Comparison) -> list[str]:
             of = f" of epoch {epoch}" if epoch else ""
             notes.append(f"{row.name}: {alpha:g} of the fine-tuned weights{of}, the rest zero-shot (WiSE-FT).")
         elif row.record.epochs and epoch == 0:
-            notes.append(f"{row.name}: no epoch was better than the untouched model, which was kept.")
+            notes.append(f"{row.name}: no epoch was better than the untouched model, whose results these are.")
     if comparison.split == "valid" and any(row.record.epochs != 0 for row in comparison.rows):
         notes.append(
-            "The best epoch of each trained run (and the alpha of WiSE-FT) was chosen on the validation split, so on "
-            "images that nothing was chosen by (--split test) the figures of tuned runs tend to be a little lower."
+            "The best epoch of each trained run (and the alpha of WiSE-FT) was chosen on the validation split: on "
+            "unseen images (--split test) trained runs tend to score a little lower."
         )
     if comparison.n_ambiguous:
         notes.append(ambiguity(comparison.n_ambiguous, comparison.n_captions))
@@ -106,10 +100,10 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 def ambiguity(n_ambiguous: int, n_captions: int) -> str:
-    """The sentence on captions that stand under several images."""
+    """The sentence about captions that belong to several images."""
     return (
-        f"{n_ambiguous:,} of {n_captions:,} captions are ambiguous: the same words stand under another image, so no "
-        "model can be sure of them."
+        f"{n_ambiguous:,} of {n_captions:,} captions are ambiguous: another image has the same caption, so no model "
+        "can tell the two apart."
     )
 
 
@@ -128,25 +122,20 @@ def _difference_line(difference: Difference) -> str:
     return f"{difference.name} - {difference.zero_shot}: {', '.join(ways)}: {verdict}"
 
 
-def text(comparison: Comparison, ansi: bool = False) -> str:
-    """Columns for a terminal: the best figures bold in `ansi` codes, else with a star."""
-    plain = [_HEADER, *_cells(comparison, ("", "") if ansi else ("", "*"))]
-    shown = [_HEADER, *_cells(comparison, ("\033[1m", "\033[0m"))] if ansi else plain
-    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
-    lines = []
-    for bare, cells in zip(plain, shown, strict=True):  # codes have no width
-        padded = [cell + " " * (width - len(b)) for cell, b, width in zip(cells, bare, widths, strict=True)]
-        lines.append("  ".join(padded).rstrip())
-    star = [] if ansi else ["* the best of its column"]
+def text(comparison: Comparison) -> str:
+    """Columns for a terminal, the best results with a star."""
+    rows = [_HEADER, *_cells(comparison, "{}*")]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
     differences = [_difference_line(difference) for difference in comparison.differences]
     below = [*([_DIFFERENCES, *differences, ""] if differences else []), *_notes(comparison)]
-    return "\n".join([_headline(comparison), "", *lines, *star, "", *below]).rstrip()
+    return "\n".join([_headline(comparison), "", *lines, "* the best of its column", "", *below]).rstrip()
 
 
 def markdown(comparison: Comparison) -> str:
-    """A Markdown table with bold best figures, between a headline and the notes."""
+    """A Markdown table with the best results bold, between a headline and the notes."""
     rule = ["---", *["---:"] * len(_RECALLS), "---:", "---", "---:", "---:", "---"]
-    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in _cells(comparison, ("**", "**"))]
+    rows = [[cell.replace("|", "\\|") for cell in cells] for cells in _cells(comparison, "**{}**")]
     lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, rule, *rows)]
     parts = ["\n".join(lines)]
     if comparison.differences:
@@ -156,40 +145,29 @@ def markdown(comparison: Comparison) -> str:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """A line a row: recalls, interval ends, differences to zero-shot in percent to six digits; empty where unknown."""
-    ways, ends = ("i2t", "t2i"), ("low", "high")
-    header = ["run", "zero_shot", "model_name", "split", "n_images", "n_captions"]
-    header += [f"{way}_r@{k}" for way, _, k in _RECALLS]
-    header += [f"{way}_r@1_{end}" for way in ways for end in ends]
-    header += [f"{way}_r@1_minus_zero_shot{end}" for way in ways for end in ("", "_low", "_high")]
-    header += ["epochs", "best_epoch", "learning_rate", "trained_parameters", "wall_seconds", "frozen", "wise_ft_alpha"]
+    """Recalls, interval ends and differences to zero-shot in percent, to six digits; empty where unknown."""
     differences = {difference.name: difference for difference in comparison.differences}
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
+    lines = []
     for number, row in enumerate(comparison.rows):
+        line = {"run": row.name, "zero_shot": int(row.is_zero_shot), "model_name": row.model_name}
+        line |= {"split": comparison.split, "n_images": comparison.n_images, "n_captions": comparison.n_captions}
+        line |= {f"{way}_r@{k}": value for (way, _, k), value in zip(_RECALLS, _percent(row), strict=True)}
         difference = differences.get(row.name)
-        parts = (difference.value, difference.low, difference.high) if difference else None
-        figures = [
-            *_percent(row),
-            *(100 * comparison.intervals[:, number].T).ravel(),
-            *(100 * np.stack(parts, 1).ravel() if parts else [None] * 6),
-        ]
-        record = row.record
-        writer.writerow(
-            [
-                row.name, int(row.is_zero_shot), row.model_name,
-                comparison.split, comparison.n_images, comparison.n_captions,
-                *("" if value is None else f"{value:.6g}" for value in figures),
-                record.epochs, record.best_epoch, record.learning_rates, record.trained_parameters,
-                record.wall_seconds, record.frozen, record.wise_ft_alpha,
-            ]
-        )  # fmt: skip
+        for i, way in enumerate(("i2t", "t2i")):
+            line[f"{way}_r@1_low"], line[f"{way}_r@1_high"] = 100 * comparison.intervals[:, number, i]
+            for name, end in (("value", ""), ("low", "_low"), ("high", "_high")):
+                line[f"{way}_r@1_minus_zero_shot{end}"] = 100 * getattr(difference, name)[i] if difference else None
+        lines.append(line | vars(row.record))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, lines[0], lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
     return out.getvalue()
 
 
 def chart(comparison: Comparison, path: str | Path) -> Path:
-    """Write R@1 both ways as bars, a pair for each row, with the 95 % intervals as error bars."""
+    """Write R@1 both ways as bars, a pair per row, with the 95 % intervals as error bars."""
     from matplotlib.figure import Figure
 
     rows = comparison.rows
@@ -203,7 +181,7 @@ def chart(comparison: Comparison, path: str | Path) -> Path:
         low, high = 100 * comparison.intervals[:, :, way]
         place = middle + (way - 0.5) * height
         axis.barh(place, values, height, label=label, color=colour)
-        # The value may lie outside a percentile interval of few images; an error bar has no negative length
+        # With few images the value may be outside its percentile interval; an error bar has no negative length
         errors = np.maximum(0, [values - low, high - values])
         axis.errorbar(values, place, xerr=errors, fmt="none", ecolor="#333333", elinewidth=1.2, capsize=3)
         for value, top, y in zip(values, high, place, strict=True):

@@ -1,33 +1,23 @@
-"""Linear probe: logistic regression on frozen image embeddings, as in Radford et al. 2021, section 3.2, but for one.
+"""Linear probe: logistic regression on frozen image embeddings, as in Radford et al. 2021, section 3.2.
 
-The features are the embeddings that retrieval compares: projected and L2-normalised. The paper probes what the image
-tower gives before the projection, so its accuracies are not to be compared with these.
+One difference: the features are the embeddings that retrieval compares, projected and L2-normalised. The paper probes
+the image tower before the projection, so its accuracies are not comparable with these.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..errors import UserError
-from .classification import UNSEEN, classification_metrics
+from .classification import UNSEEN, Classified, classification_metrics
 
 C_GRID = tuple(10.0**power for power in range(-3, 7))  # inverse strengths of the L2 penalty that are tried
-_SET_ASIDE = 5  # one training image in so many, where C cannot be chosen on the validation split
-
-
-@dataclass
-class Probe:
-    """What a probe says of the reported images."""
-
-    metrics: dict[str, object]  # of classification_metrics, with C, n_train_images and n_unseen
-    scores: torch.Tensor  # (N, K) decision values
-    targets: torch.Tensor  # (N,) numbers of the true classes; UNSEEN for one that has no training image
-    labels: list[str]  # the K classes
+_HELD_OUT = 5  # one image of a class in so many is held out, where C cannot be chosen on the validation split
 
 
 def fit(features: np.ndarray, labels: Sequence[str], c: float):
@@ -36,7 +26,7 @@ def fit(features: np.ndarray, labels: Sequence[str], c: float):
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        # Where the penalty hardly acts the weights grow for ever, long after the decisions have settled
+        # With almost no penalty the weights keep growing long after the predictions have settled
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=c, max_iter=1000).fit(features, labels)
 
@@ -50,31 +40,27 @@ def scores_of(classifier, features: np.ndarray) -> torch.Tensor:
 def choose_c(
     features: np.ndarray, labels: Sequence[str], held_out: np.ndarray, held_out_labels: Sequence[str]
 ) -> float:
-    """The C of the grid whose classifier names most of the held-out images rightly; the smallest of equals."""
+    """The C of the grid with the best accuracy on the held-out images; the smallest of equals."""
     accuracy = [
         float(np.mean(fit(features, labels, c).predict(held_out) == np.asarray(held_out_labels))) for c in C_GRID
     ]
     return C_GRID[int(np.argmax(accuracy))]
 
 
-def set_aside(labels: Sequence[str], seed: int = 0) -> np.ndarray:
-    """A mask (N,) of about a fifth of the images, drawn from all classes alike; each class keeps an image.
+def hold_out(labels: Sequence[str], seed: int = 0) -> np.ndarray:
+    """A mask (N,) of one image in five, drawn from each class with two images or more, of which one at least stays.
 
     Raises UserError where every class has one image only.
     """
-    labels = np.asarray(labels)
     order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # by class, at random within each
-    _, first = np.unique(labels[order], return_index=True)
-    spare = np.delete(order, first)  # without one image of each class, which stays
-    if not len(spare):
-        raise UserError(
-            "every class has one training image only, so none can be set aside to choose the regularisation on: "
-            "give more images, or report another split than valid"
-        )
-    n = min(len(spare), max(1, round(len(labels) / _SET_ASIDE)))
+    shuffled = pd.Series(np.asarray(labels)[order])
     mask = np.zeros(len(labels), dtype=bool)
-    mask[spare[np.linspace(0, len(spare), n, endpoint=False).astype(int)]] = True  # evenly, so by class size
+    mask[order[shuffled.groupby(shuffled).cumcount() % _HELD_OUT == 1]] = True
+    if not mask.any():
+        raise UserError(
+            "every class has only one training image, so none can be held out to choose the regularisation: "
+            "add images, or report another split than valid"
+        )
     return mask
 
 
@@ -83,21 +69,20 @@ def linear_probe(
     report: tuple[np.ndarray, Sequence[str]],
     valid: tuple[np.ndarray, Sequence[str]] | None = None,
     seed: int = 0,
-) -> Probe:
+) -> Classified:
     """Fit on `train`, report on `report`; each is features (N, D) and N labels.
 
-    C is chosen on `valid`, or without it on a fifth of the training images, set aside for it, and the classifier
-    then fitted on all training images. So the command does with --split test, where it gives the validation split
-    as `valid`, and with the default --split valid, where it gives none.
-    The figures are over the training classes; the `n_unseen` reported images whose class has no training image count
-    as wrong. Raises UserError where there is one class only.
+    C is chosen on `valid`, or without it on a fifth of the training images; the classifier is then fitted on all
+    training images. The metrics, with `C`, `n_train_images` and `n_unseen`, are over the training classes; the
+    `n_unseen` reported images whose class has no training image count as wrong. Raises UserError where there is one
+    class only.
     """
     features, labels = train[0], np.asarray(train[1])
     if len(set(labels.tolist())) < 2:
         raise UserError(f"a linear probe needs two classes; all training images have the label {str(labels[0])!r}")
     if valid is None:
-        aside = set_aside(labels, seed)
-        c = choose_c(features[~aside], labels[~aside], features[aside], labels[aside])
+        held_out = hold_out(labels, seed)
+        c = choose_c(features[~held_out], labels[~held_out], features[held_out], labels[held_out])
     else:
         c = choose_c(features, labels, *valid)
     classifier = fit(features, labels, c)
@@ -107,4 +92,4 @@ def linear_probe(
     scores = scores_of(classifier, report[0])
     metrics = classification_metrics(scores, targets, classes)
     metrics |= {"C": c, "n_train_images": len(labels), "n_unseen": int((targets == UNSEEN).sum())}
-    return Probe(metrics, scores, targets, classes)
+    return Classified(metrics, scores, targets, classes)

@@ -1,4 +1,4 @@
-"""What a model finds on a caption table: the rank of each right answer, and the record of the zero-shot model."""
+"""A model's ranks on a caption table, and the record of a pretrained CLIP's ranks before fine-tuning."""
 
 from __future__ import annotations
 
@@ -8,49 +8,79 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..config import CFG
-from ..data.captions import fingerprint_of
+from ..data.captions import check_images, fingerprint_of, image_folder, plain_words, read_captions
 from ..data.loaders import build_loaders
+from ..data.source import DataSource
 from ..errors import UserError
 from ..files import write_json
 from ..models.clip import DualEncoder
 from ..retrieval.embed import embed_batches
 from .retrieval import ranks, recalls_of
 
-if TYPE_CHECKING:
-    import pandas as pd
+ZERO_SHOT = "zero_shot.json"  # in the folder of a run that fine-tuned a pretrained CLIP
+WHOLE = "all"  # the split of a captions file that has none
 
-ZERO_SHOT = "zero_shot.json"  # in the folder of a run that began with a pretrained CLIP
+
+def open_captions(cfg: CFG, captions_path: str = "", image_path: str = "") -> DataSource:
+    """The captions of the run with settings `cfg`, or of another file; images are not checked yet.
+
+    Of another file that has no splits all rows are in the split "all". Raises UserError as `read_captions` does.
+    """
+    if captions_path:
+        cfg = dataclasses.replace(
+            cfg, captions_path=captions_path, image_path=image_path, captions_format="auto", image_column="",
+            caption_column="", label_column="", valid_captions_path="", test_captions_path="",
+            valid_fraction=0.0, test_fraction=0.0,
+        )  # fmt: skip
+    elif image_path:
+        cfg = dataclasses.replace(cfg, image_path=image_path)
+    table = read_captions(cfg)
+    if captions_path and set(table["split"]) == {"train"}:
+        table = table.assign(split=WHOLE)
+    folder = image_folder(cfg, table)
+    return DataSource(dataclasses.replace(cfg, image_path=str(folder)), table, folder)
+
+
+def checked_split(source: DataSource, split: str) -> tuple[DataSource, str]:
+    """The rows of a split, their images checked, and its name: "all" where the table has no splits.
+
+    Raises UserError for a split without images and for images that are missing or damaged.
+    """
+    split = WHOLE if set(source.table["split"]) == {WHOLE} else split
+    rows = check_images(source.split(split), source.image_folder, source.cfg.on_bad_image)
+    return dataclasses.replace(source, table=rows), split
+
+
+def count_ambiguous(table: pd.DataFrame) -> int:
+    """How many captions also belong, up to case and spacing, to another image of the table."""
+    return int((table.groupby(plain_words(table["caption"]))["image_id"].transform("nunique") > 1).sum())
 
 
 @dataclass
 class Measured:
-    """The ranks that a model reached on a split: of every caption's image and of every image's best caption."""
+    """A model's ranks on a split: of every caption's image, and of every image's best caption."""
 
     images: list[str]  # (N,) names
     image_of_caption: torch.Tensor  # (C,) rows of `images`
     image_rank: torch.Tensor  # (C,) from 1
     text_rank: torch.Tensor  # (N,) from 1
-    fingerprint: str = ""  # `fingerprint_of` the captions; empty where it is not known
+    fingerprint: str  # `fingerprint_of` the captions
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """The figures of `recall_at_k`."""
+        """The recalls, median ranks and rsum of `recall_at_k`."""
         return recalls_of(self.image_rank, self.text_rank)
 
-    def captions_per_image(self) -> dict[str, int]:
-        counts = torch.bincount(self.image_of_caption, minlength=len(self.images))
-        return dict(zip(self.images, counts.tolist(), strict=True))
-
     def hits(self) -> tuple[np.ndarray, np.ndarray]:
-        """R@1 image to text and text to image as counts of an image: its queries that hit, and all its queries.
+        """R@1 image to text and text to image as counts per image: its queries that hit, and all its queries.
 
-        Both (N, 2), the images in the order of their names, so that those of two models line up.
+        Both (N, 2), sorted by image name, so that the counts of two models line up.
         """
         n, own = len(self.images), self.image_of_caption
         found = torch.bincount(own, (self.image_rank <= 1).double(), minlength=n)
@@ -60,12 +90,12 @@ class Measured:
         return hits[order].numpy(), sizes[order].numpy()
 
 
-def measure(model: DualEncoder, cfg: CFG, table: pd.DataFrame) -> Measured:
-    """Rank all images and captions of a caption table, in the protocol of `recall_at_k`."""
-    cfg = dataclasses.replace(cfg, image_cache=False)  # each image is looked at once
-    loader = build_loaders(table, model.tokenizer, "valid", cfg)
+def measure(model: DualEncoder, source: DataSource) -> Measured:
+    """Rank all images and captions of an opened split, in the protocol of `recall_at_k`."""
+    cfg = dataclasses.replace(source.cfg, image_cache=False)  # each image is read once
+    loader = build_loaders(source.table, model.tokenizer, "valid", cfg)
     images, texts, own = embed_batches(model, loader)
-    return Measured(loader.dataset.names, own, *ranks(images, texts, own), fingerprint_of(table))
+    return Measured(loader.dataset.names, own, *ranks(images, texts, own), fingerprint_of(source.table))
 
 
 def save_zero_shot(
@@ -75,9 +105,9 @@ def save_zero_shot(
     image_of_caption: torch.Tensor | Sequence[int],
     image_rank: torch.Tensor | Sequence[int],
     text_rank: torch.Tensor | Sequence[int],
-    fingerprint: str = "",
+    fingerprint: str,
 ) -> None:
-    """Keep what the untouched model found on a run's validation split, for `read_zero_shot`.
+    """Record the ranks of the untouched model on a run's validation split, for `read_zero_shot`.
 
     Names of the N images, the image row of each caption (C,), the two results of `ranks`, and `fingerprint_of` the
     split's captions.
@@ -88,20 +118,18 @@ def save_zero_shot(
     write_json(Path(path), head | lists)
 
 
-def read_zero_shot(path: str | Path) -> tuple[str, Measured]:
-    """The model's name and ranks that `save_zero_shot` wrote. Raises UserError where the file is damaged."""
+def read_zero_shot(path: str | Path) -> Measured:
+    """The ranks that `save_zero_shot` wrote. Raises UserError where the file is damaged."""
     try:
         saved = json.loads(Path(path).read_text())
         own, image_rank, text_rank = (
             torch.tensor(saved[name], dtype=torch.long) for name in ("image_of_caption", "image_rank", "text_rank")
         )
         images = list(saved["images"])
-        every_image = list(range(len(images)))
         if not images or len(text_rank) != len(images) or len(image_rank) != len(own):
-            raise ValueError("its lists do not fit together")
-        if sorted(set(own.tolist())) != every_image:
-            raise ValueError("its captions are not those of its images")
-        fingerprint = str(saved.get("fingerprint", ""))  # files of older runs have none
-        return saved["model_name"], Measured(images, own, image_rank, text_rank, fingerprint)
+            raise ValueError("its lists differ in length")
+        if sorted(set(own.tolist())) != list(range(len(images))):
+            raise ValueError("its captions do not belong to its images")
+        return Measured(images, own, image_rank, text_rank, str(saved["fingerprint"]))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({error}): train the run again, or delete the file") from error

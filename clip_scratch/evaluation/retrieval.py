@@ -64,7 +64,7 @@ def ranks(
 
 
 def recalls_of(image_rank: torch.Tensor, text_rank: torch.Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """The figures of `recall_at_k` from the `ranks` of all captions, (C,), and images, (N,)."""
+    """The metrics of `recall_at_k` from the `ranks` of all captions, (C,), and images, (N,)."""
     metrics = {f"image_retrieval_recall@{k}": (image_rank <= k).double().mean().item() for k in ks}
     metrics |= {f"text_retrieval_recall@{k}": (text_rank <= k).double().mean().item() for k in ks}
     rsum = 100 * sum(metrics.values())

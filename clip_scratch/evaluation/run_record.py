@@ -1,4 +1,4 @@
-"""What the files of a run tell of its training: how long, how fast, how much of the model, to what end."""
+"""How a run was trained, from its files: epochs, learning rates, trained parameters, time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..models.saved import run_config
 
 @dataclass
 class RunRecord:
-    """The training of a run; None for what its files do not tell, as where only `best/` was kept."""
+    """The training of a run; None for what its files do not tell, for example where there is only `best/`."""
 
     epochs: int | None = None  # trained
     best_epoch: int | None = None
@@ -24,65 +24,47 @@ class RunRecord:
     trained_parameters: int | None = 0
     wall_seconds: float | None = None
     frozen: str = "all"
-    wise_ft_alpha: float | None = None  # share of the fine-tuned weights, where they were mixed with zero-shot ones
+    wise_ft_alpha: float | None = None  # weight of the fine-tuned model, where it was averaged with the zero-shot one
 
 
 UNTRAINED = RunRecord(epochs=0, best_epoch=0, wall_seconds=0.0)
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder of a run that was named by it or by its `best/`."""
+    """The folder of a run, given that or its `best/`."""
     path = Path(run)
     return path.parent if path.name == "best" and (path.parent / "metrics.jsonl").is_file() else path
-
-
-def settings_of(run: str | Path) -> CFG:
-    """The settings of a run's best model. Raises UserError for a path that is no run."""
-    return run_config(Path(run) / "best" if (Path(run) / "best").is_dir() else run)
 
 
 def read_record(run: str | Path) -> RunRecord:
     """The record of a run folder or of its `best/`. Raises UserError for a path that is no run or is damaged.
 
-    A pretrained CLIP counts as one that trained no epoch if its last epoch is 0, and, where only `best/` was kept, if
-    that holds the weights of epoch 0.
+    A pretrained CLIP is untrained if its last epoch is 0, or, where only `best/` is there, if its best epoch is.
     """
-    cfg, folder = settings_of(run), run_folder(run)
-    lines = _json_lines(folder / "metrics.jsonl")
-    last = lines[-1] if lines else {}
+    folder = run_folder(run)
     best = folder / "best" if (folder / "best").is_dir() else folder
-    kept = _json(best / "metrics.json")
-    if cfg.backend == "hf_clip" and (last or kept).get("epoch") == 0:
+    cfg = run_config(best)
+    log, metrics = folder / "metrics.jsonl", best / "metrics.json"
+    try:
+        last = json.loads(log.read_text().splitlines()[-1]) if log.is_file() and log.stat().st_size else {}
+        chosen = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is damaged: {error} in metrics.jsonl or metrics.json") from error
+    if cfg.backend == "hf_clip" and (last or chosen).get("epoch") == 0:
         return RunRecord(0, 0, wall_seconds=last.get("wall_seconds"))
     return RunRecord(
         epochs=last.get("epoch"),
-        best_epoch=kept.get("epoch"),
+        best_epoch=chosen.get("epoch"),
         learning_rates=_learning_rates(cfg),
         trained_parameters=last.get("trained_parameters"),
         wall_seconds=last.get("wall_seconds"),
         frozen=_frozen(cfg),
-        wise_ft_alpha=kept.get("wise_ft_alpha"),
+        wise_ft_alpha=chosen.get("wise_ft_alpha"),
     )
 
 
-def _json(path: Path) -> dict:
-    """The object of a JSON file; {} without the file."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """The objects of a file with one a line; [] without the file."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
 def _learning_rates(cfg: CFG) -> str:
-    """The peak rates of what trains: one figure where all are alike, else each with its parts."""
+    """The peak learning rates: one number where all are equal, else each with its parts."""
     of_tower = {"image": cfg.image_encoder_lr, "text": cfg.text_encoder_lr}
     rates: dict[float, list[str]] = {}
     for tower, policy in frozen_parts(cfg).items():
@@ -101,20 +83,6 @@ def _rate(rate: float) -> str:
 
 
 def _frozen(cfg: CFG) -> str:
-    """What of the towers did not train, in words."""
-    said = {tower: _frozen_of(policy, cfg) for tower, policy in frozen_parts(cfg).items()}
-    if len(set(said.values())) == 1:
-        return said["image"]
-    return "; ".join(f"{tower}: {words}" for tower, words in said.items())
-
-
-def _frozen_of(policy: str, cfg: CFG) -> str:
-    kind, _, n = policy.partition(":")
-    return {
-        "none": "nothing",
-        "all": "all",
-        "backbone": "all but the projection",
-        "lora": f"all (LoRA, rank {cfg.lora_rank})",
-        "first": f"first {n} blocks",
-        "all-but-last": f"all but the last {n} blocks",
-    }[kind]
+    """What was frozen, in the words of `image_freeze` and `text_freeze`."""
+    image, text = frozen_parts(cfg).values()
+    return image if image == text else f"image {image}, text {text}"

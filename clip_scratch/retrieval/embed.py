@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -11,10 +13,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..config import CFG
 from ..data.captions import image_folder
-from ..data.images import load_image
+from ..data.images import fault_of, load_image
 from ..data.loaders import Batch, on_device
 from ..data.tokenizer import tokenize
+from ..device import pick_device
 from ..errors import UserError
 from ..models.clip import CLIPModel, DualEncoder
 from ..models.saved import load
@@ -22,42 +26,61 @@ from ..models.saved import load
 ImageLike = str | Path | Image.Image | np.ndarray
 
 
-def _pixels(image: ImageLike, transform) -> torch.Tensor:
-    try:
-        array = load_image(image)
-    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
-        name = image if isinstance(image, str | Path) else "an image"
-        raise UserError(f"{name} cannot be read as an image: {error}") from error
-    return transform(image=array)["image"]
-
-
 @torch.no_grad()
 def encode_image(
-    model: CLIPModel, images: ImageLike | Sequence[ImageLike], batch_size: int = 64, progress: bool = False
+    model: CLIPModel,
+    images: ImageLike | Sequence[ImageLike],
+    batch_size: int = 64,
+    progress: bool = False,
+    on_bad_image: Literal["error", "skip"] = "error",
 ) -> torch.Tensor:
     """Paths, PIL images, RGB uint8 arrays (H, W, 3) or a mix -> float32 (N, P) on the CPU, L2-normalised.
 
-    Raises UserError that names the file that cannot be read.
+    An image that cannot be read raises UserError; with `on_bad_image` "skip" its row is zeros, which `find_matches`
+    leaves out, and all such images are counted and named on stderr at the end.
     """
     images = [images] if isinstance(images, ImageLike) else list(images)
     model.eval()
     transform = model.image_transform(train=False)
-    rows = [torch.empty(0, model.cfg.projection_dim)]
+    out = torch.zeros(len(images), model.cfg.projection_dim)
+    faults: dict[str, str] = {}
     for start in tqdm(range(0, len(images), batch_size), desc="images", unit="batch", disable=not progress):
-        pixels = torch.stack([_pixels(image, transform) for image in images[start : start + batch_size]])
-        rows.append(model.encode_image(pixels.to(model.device)).cpu())
-    return torch.cat(rows)
+        pixels = {}
+        for row, image in enumerate(images[start : start + batch_size], start):
+            try:
+                pixels[row] = transform(image=load_image(image))["image"]
+            except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
+                is_file = isinstance(image, str | Path)
+                name, fault = (str(image), fault_of(image, error)) if is_file else (f"image {row}", str(error))
+                if on_bad_image == "error":
+                    raise UserError(f"{name} cannot be read as an image: {fault}") from error
+                faults[name] = fault
+        if pixels:
+            out[list(pixels)] = model.encode_image(torch.stack(list(pixels.values())).to(model.device)).cpu()
+    if faults:
+        _report_faults(faults, len(images))
+    return out
+
+
+def _report_faults(faults: dict[str, str], n: int) -> None:
+    """Count and name the images that were skipped. Raises UserError where no image could be read."""
+    if len(faults) == n:
+        name, fault = next(iter(faults.items()))
+        raise UserError(f"none of the {n:,} images can be read; the first, {name}: {fault}")
+    shown = [f"  {name}: {fault}" for name, fault in list(faults.items())[:10]]
+    shown += [f"  and {len(faults) - 10:,} more"] if len(faults) > 10 else []
+    print("\n".join([f"skipped {len(faults):,} of {n:,} images, which cannot be read:", *shown]), file=sys.stderr)
 
 
 @torch.no_grad()
 def encode_text(
     model: CLIPModel, captions: str | Sequence[str], batch_size: int = 256, progress: bool = False
 ) -> torch.Tensor:
-    """A list of strings -> float32 (N, P) on the CPU, L2-normalised. Captions over the limit are cut."""
+    """A list of strings -> float32 (N, P) on the CPU, L2-normalised. Longer captions than max_length are truncated."""
     captions = [captions] if isinstance(captions, str) else list(captions)
     model.eval()
     table = tokenize(captions, model.tokenizer, model.cfg.max_length)
-    order = np.argsort(table.lengths(), kind="stable")  # captions of like length share a batch: little padding
+    order = np.argsort(table.lengths(), kind="stable")  # captions of similar length share a batch: little padding
     out = torch.empty(len(captions), model.cfg.projection_dim)
     for start in tqdm(range(0, len(captions), batch_size), desc="captions", unit="batch", disable=not progress):
         rows = order[start : start + batch_size]
@@ -67,17 +90,30 @@ def encode_text(
     return out
 
 
-def get_image_embeddings(valid_df: pd.DataFrame, model_path: str | Path) -> tuple[CLIPModel, torch.Tensor]:
+def get_image_embeddings(
+    valid_df: pd.DataFrame, model_path: str | Path, device: str = "auto"
+) -> tuple[CLIPModel, torch.Tensor]:
     """The model of a run, and an embedding for each row of `valid_df` (tutorial name): (rows, P).
 
     Every distinct image is encoded once, however many captions (rows) it has, so the result lines up with
-    `valid_df["image"]`. Images are looked for in the folder that the run was trained on.
+    `valid_df["image"]`. Images are read from the folder that the run was trained on. Where the run skips bad images
+    (`on_bad_image`), so does this: see `encode_image`.
     """
-    model = load(model_path)
+    model = load(model_path, str(pick_device(CFG(device=device))))
     numbers, names = pd.factorize(valid_df["image"])
-    folder = image_folder(model.cfg, valid_df)
-    embeddings = encode_image(model, [folder / name for name in names], progress=True)
+    folder = trained_folder(model.cfg, valid_df)
+    paths = [folder / name for name in names]
+    embeddings = encode_image(model, paths, progress=True, on_bad_image=model.cfg.on_bad_image)
     return model, embeddings[torch.from_numpy(numbers)]
+
+
+def trained_folder(cfg: CFG, table: pd.DataFrame | None = None) -> Path:
+    """The image folder of the run with settings `cfg`: the one that training found, if it is still there.
+
+    Otherwise it is looked for as in training, beside the captions file (see `image_folder`).
+    """
+    folder = Path(cfg.image_path).expanduser()
+    return folder if cfg.image_path and folder.is_dir() else image_folder(cfg, table)
 
 
 @torch.no_grad()

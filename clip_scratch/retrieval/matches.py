@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..data.captions import image_folder
 from ..data.images import load_image
 from ..errors import UserError
 from ..files import write_figure
 from ..models.clip import CLIPModel
-from .embed import ImageLike, encode_image, encode_text
+from .embed import ImageLike, encode_image, encode_text, trained_folder
 from .exact import ExactSearch
 
-_WIDEN = 8  # rows looked at for each name wanted: an image mostly has one row, or one for each of five captions
+_ROWS_PER_NAME = 8  # rows to search for each name: an image mostly has one row, or one for each of five captions
 
 
 class Matches(Sequence):
-    """(image name, cosine score) pairs, best first, for one query; a grid of pictures in Jupyter."""
+    """(image name, cosine score) pairs, best first, for one query; a grid of pictures in Jupyter.
 
-    def __init__(self, query: str, pairs: list[tuple[str, float]], folder: Path):
-        self.query, self.pairs, self.folder = query, pairs, folder
+    `folder` holds the images, or is a function that finds it, called when they are first drawn.
+    """
+
+    def __init__(self, query: str, pairs: list[tuple[str, float]], folder: str | Path | Callable[[], Path]):
+        self.query, self.pairs, self._folder = query, pairs, folder
+
+    @cached_property
+    def folder(self) -> Path:
+        return self._folder() if callable(self._folder) else Path(self._folder)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -39,11 +46,10 @@ class Matches(Sequence):
 
     def figure(self):
         """A matplotlib figure: a square grid of the images under the query."""
-        columns = max(1, int(np.ceil(np.sqrt(len(self)))))
-        return draw_matches([self], columns)
+        return draw_matches([self], _columns(len(self)))
 
     def save(self, path: str | Path) -> Path:
-        """Write the grid to a PNG (or whatever the file's ending says)."""
+        """Write the grid as a picture in the format of the path's suffix."""
         return write_figure(self.figure(), path)
 
     def _repr_png_(self) -> bytes:
@@ -52,8 +58,13 @@ class Matches(Sequence):
         return buffer.getvalue()
 
 
+def _columns(n: int) -> int:
+    """The side of the smallest square grid for n images."""
+    return max(1, int(np.ceil(np.sqrt(n))))
+
+
 def draw_matches(results: Sequence[Matches], columns: int):
-    """A figure with `columns` images a line, each query's images under its words, best first."""
+    """A figure with `columns` images a line, each query's images below its text, best first."""
     from matplotlib.figure import Figure
 
     lines = [-(-max(1, len(result)) // columns) for result in results]
@@ -61,16 +72,17 @@ def draw_matches(results: Sequence[Matches], columns: int):
     parts = figure.subfigures(len(results), 1, height_ratios=[2.2 * n + 0.5 for n in lines], squeeze=False)[:, 0]
     for result, n, part in zip(results, lines, parts, strict=True):
         words = "\n".join(textwrap.wrap(result.query, 24 * columns, max_lines=4, placeholder=" ..."))
-        part.suptitle(words, fontsize=11, fontweight="bold", parse_math=False)  # a price in dollars is no formula
+        part.suptitle(words, fontsize=11, fontweight="bold", parse_math=False)  # $5 is not a formula
         axes = part.subplots(n, columns, squeeze=False).ravel()
         for axis in axes:
             axis.set_axis_off()
+        folder = result.folder if result else None
         for axis, (name, score) in zip(axes, result, strict=False):
             axis.set_title(f"{score:.3f}", fontsize=9)
             try:
-                axis.imshow(load_image(result.folder / name), aspect="equal")
+                axis.imshow(load_image(folder / name), aspect="equal")
             except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
-                fault = "file is gone" if isinstance(error, FileNotFoundError) else "cannot be read"
+                fault = "file is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
                 text = f"{name}\n({fault})"
                 axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, wrap=True, parse_math=False)
     return figure
@@ -82,7 +94,7 @@ def save_grid(results: Sequence[Matches], path: str | Path, columns: int) -> Pat
 
 
 def _search(embeddings: torch.Tensor | ExactSearch) -> ExactSearch:
-    """The search itself; for bare embeddings without a bf16 copy, which takes longer to make than it saves once."""
+    """The search itself; bare embeddings get no bf16 copy, which takes longer to make than one search saves."""
     return embeddings if isinstance(embeddings, ExactSearch) else ExactSearch(embeddings, half=False)
 
 
@@ -91,20 +103,22 @@ def _best(
 ) -> list[list[tuple[str, float]]]:
     """For each query (Q, P) the n best distinct names; a name that occurs several times counts with its best score.
 
-    The k best rows are looked at first, and more for a query whose k best have too few names.
+    Searches for the k best rows, and for more where those have fewer than n names. Rows of zeros, which stand for
+    images that could not be read, are left out.
     """
-    at = names.iloc if isinstance(names, pd.Series) else names
+    name_of = names.iloc if isinstance(names, pd.Series) else names
     results = []
     for scores, rows in zip(*search.search(queries, k), strict=True):
         found: dict[str, float] = {}
         for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
-            found.setdefault(str(at[row]), score)
+            if score or search.rows[row].any():
+                found.setdefault(str(name_of[row]), score)
             if len(found) == n:
                 break
         results.append(list(found.items()))
     short = [i for i, result in enumerate(results) if len(result) < n]
     if short and k < len(search):
-        for i, result in zip(short, _best(search, queries[short], names, n, _WIDEN * k), strict=True):
+        for i, result in zip(short, _best(search, queries[short], names, n, _ROWS_PER_NAME * k), strict=True):
             results[i] = result
     return results
 
@@ -122,20 +136,20 @@ def find_matches(
 
     `image_embeddings` (N, P) lines up with `image_filenames` (N,), which may name an image several times. The
     images are drawn from `image_path` (default: the folder the model was trained on) when Jupyter shows the
-    result, or into the picture `save`. A list of queries gives a list of results. Whoever asks again and again of
-    many images passes `ExactSearch(image_embeddings)`, which keeps what it has prepared. Raises UserError where the
-    lengths differ or n is below 1.
+    result, or into the picture `save`. A list of queries gives a list of results. For many searches in many images,
+    pass `ExactSearch(image_embeddings)`, which prepares them once. Raises UserError where the lengths differ or n is
+    below 1.
     """
     if len(image_embeddings) != len(image_filenames):
         raise UserError(f"{len(image_embeddings)} image_embeddings, but {len(image_filenames)} image_filenames")
     if n < 1:
         raise UserError(f"n is at least 1, not {n}")
     queries = [query] if isinstance(query, str) else list(query)
-    folder = Path(image_path) if image_path else image_folder(model.cfg)
-    best = _best(_search(image_embeddings), encode_text(model, queries), image_filenames, n, k=_WIDEN * n)
+    folder = image_path or partial(trained_folder, model.cfg)
+    best = _best(_search(image_embeddings), encode_text(model, queries), image_filenames, n, k=_ROWS_PER_NAME * n)
     results = [Matches(q, pairs, folder) for q, pairs in zip(queries, best, strict=True)]
     if save and results:
-        save_grid(results, save, columns=max(1, int(np.ceil(np.sqrt(len(results[0]))))))
+        save_grid(results, save, _columns(len(results[0])))
     return results[0] if isinstance(query, str) else results
 
 
@@ -148,8 +162,8 @@ def find_captions(
 ) -> list[tuple[str, float]]:
     """The n distinct captions that fit an image best, as (caption, cosine score), best first.
 
-    `text_embeddings` (C, P) of the captions are computed where they are not given, and may be an ExactSearch of
-    them, as in `find_matches`. Raises UserError where the lengths differ or n is below 1.
+    `text_embeddings` (C, P) of the captions, or an ExactSearch of them as in `find_matches`, are computed where they
+    are not given. Raises UserError where the lengths differ or n is below 1.
     """
     if n < 1:
         raise UserError(f"n is at least 1, not {n}")
@@ -157,4 +171,4 @@ def find_captions(
         text_embeddings = encode_text(model, captions)
     if len(text_embeddings) != len(captions):
         raise UserError(f"{len(text_embeddings)} text_embeddings, but {len(captions)} captions")
-    return _best(_search(text_embeddings), encode_image(model, image), captions, n, k=_WIDEN * n)[0]
+    return _best(_search(text_embeddings), encode_image(model, image), captions, n, k=_ROWS_PER_NAME * n)[0]
