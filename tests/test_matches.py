@@ -113,6 +113,9 @@ def test_the_image_folder_is_only_looked_for_to_draw(model, rows, names, tiny_da
     model.cfg = dataclasses.replace(model.cfg, image_path=str(tiny_data.image_path))
     assert find_matches(model, rows, "red", names, n=2).folder == Path(tiny_data.image_path)
     assert find_matches(model, rows, "red", names, n=2, image_path=tmp_path).folder == tmp_path
+    moved = {"captions_path": str(tiny_data.captions_path), "image_path": str(tmp_path / "gone")}
+    model.cfg = dataclasses.replace(model.cfg, **moved)
+    assert find_matches(model, rows, "red", names, n=2).folder == tiny_data.image_path
 
 
 def test_matches_behave_like_a_sequence_and_print(model, rows, names):

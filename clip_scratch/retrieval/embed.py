@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -113,7 +114,9 @@ def trained_folder(cfg: CFG, table: pd.DataFrame | None = None) -> Path:
     Otherwise it is looked for as in training, beside the captions file (see `image_folder`).
     """
     folder = Path(cfg.image_path).expanduser()
-    return folder if cfg.image_path and folder.is_dir() else image_folder(cfg, table)
+    if cfg.image_path and folder.is_dir():
+        return folder
+    return image_folder(dataclasses.replace(cfg, image_path=""), table)
 
 
 @torch.no_grad()
