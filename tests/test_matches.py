@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from clip_scratch.training.checkpoint import prepare_best, save_best
 from PIL import Image
 
 from clip_scratch.data.images import load_image
