@@ -430,6 +430,25 @@ def test_a_plain_data_loader_and_a_loss_of_one_s_own(setup):
     assert stats[-1].loss < stats[0].loss < 2 and stats[0].steps == 2
 
 
+def test_a_sampler_of_one_s_own(setup, tiny_data):
+    """Batches of one colour, so that negatives are hard: a sampler gives lists of (epoch, image number)."""
+    model, loader, _, cfg = setup()
+    data, epochs = loader.dataset, iter(range(9))
+    colour_of = tiny_data.table.drop_duplicates("image").set_index("image")["caption"].str.split().str[1]
+
+    class OneColour(torch.utils.data.Sampler):
+        def __iter__(self):
+            epoch = next(epochs)
+            for colour in sorted(set(colour_of)):
+                yield [(epoch, number) for number, name in enumerate(data.names) if colour_of[name] == colour]
+
+    own = torch.utils.data.DataLoader(data, sampler=OneColour(), batch_size=None)
+    seen = [{colour_of[name] for name in batch["names"]} for batch in own]
+    assert seen == [{"blue"}, {"green"}, {"red"}, {"yellow"}]
+    stats = train_epoch(model, own, build_optimizer(model, cfg), cfg)
+    assert (stats.batches, stats.images) == (4, 20)
+
+
 def test_a_gpu_s_losses_are_read_together(setup, monkeypatch):
     """Reading a loss waits for the GPU: every 16 steps are enough. Here the CPU plays the GPU, with 3 steps."""
     monkeypatch.setattr("clip_scratch.training.engine._READ_EVERY", {"cpu": 3})

@@ -7,6 +7,7 @@ is remembered in the cache folder, so that two runs on one machine agree and onl
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -40,36 +41,28 @@ def choose_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, s
 
     From the cache folder where this machine has measured these towers before.
     """
-    path = _record_path(model, batch, cfg)
     try:
-        record = json.loads(path.read_text()) if path else {}
+        path = cache_folder(cfg) / f"precision-{_key(model, batch)}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
         choice = dataclasses.replace(cfg, precision=record["precision"], channels_last=record["channels_last"])
         return choice, f"{record['message']} (measured before, {path.name})"
     except (OSError, ValueError, KeyError):
         choice, message = measure_precision(model, batch, cfg)
-    record = {"precision": choice.precision, "channels_last": choice.channels_last, "message": message}
-    try:
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, record)
-    except OSError:  # then the next run measures too
-        pass
+    with contextlib.suppress(OSError):  # without a cache folder the next run measures too
+        path = cache_folder(cfg) / f"precision-{_key(model, batch)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"precision": choice.precision, "channels_last": choice.channels_last, "message": message})
     return choice, message
 
 
-def _record_path(model: DualEncoder, batch: Batch, cfg: CFG) -> Path | None:
-    """Where the choice for these towers, shapes and this machine is remembered; None without a cache folder."""
-    try:
-        folder = cache_folder(cfg)
-    except OSError:
-        return None
+def _key(model: DualEncoder, batch: Batch) -> str:
+    """A hash of what the choice depends on: the machine, the towers, which of their weights train, and the shapes."""
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     machine = [device.type, name, computes_in_bf16(device), torch.get_num_threads(), torch.__version__]
     towers = [(repr(tower), [p.requires_grad for p in tower.parameters()]) for tower in model.towers.values()]
-    shapes = [batch["pixel_values"].shape[1:], batch["input_ids"].shape[1]]
-    digest = hashlib.sha256(repr([machine, towers, shapes]).encode()).hexdigest()[:16]
-    return folder / f"precision-{digest}.json"
+    shapes = [batch["pixel_values"].shape[1:], model.tokenizer.model_max_length]
+    return hashlib.sha256(repr([machine, towers, shapes]).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:

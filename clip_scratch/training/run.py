@@ -30,7 +30,7 @@ from .state import TrainState
 
 STATE = "training.safetensors"
 # A run that was killed before its settings were written holds no more than these, and starts again
-_UNFINISHED = {"best", "last", "zero_shot.json", "zero_shot.safetensors"}
+_UNFINISHED = {"best", "last", "retrieval.png", "zero_shot.json", "zero_shot.safetensors"}
 # What a resume may change: nothing that touches the shapes of the weights, the data or the order of batches
 FREE_ON_RESUME = {
     "resume", "run_dir", "device", "num_workers", "checkpoint_steps", "on_bad_image", "image_cache", "cache_path",
