@@ -40,10 +40,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     from .training.run import Interrupt, Run
     from .training.wise_ft import average_with_start
 
-    less_memory = f"lower batch_size ({cfg.batch_size})" + (
-        f" or size ({cfg.size})" if cfg.backend == "from_scratch" else " and raise accumulation"
-    )
-    with Run(cfg) as run, out_of_memory_advice(less_memory):
+    with Run(cfg) as run, out_of_memory_advice(_less_memory(run.cfg)):
         device = pick_device(run.cfg)
         keep_freed_memory()
 
@@ -81,6 +78,11 @@ def main(cfg: CFG | type[CFG]) -> Path:
     return run.folder
 
 
+def _less_memory(cfg: CFG) -> str:
+    other = f"or size ({cfg.size})" if cfg.backend == "from_scratch" else "and raise accumulation"
+    return f"lower batch_size ({cfg.batch_size}) {other}"
+
+
 def _train_epoch(run: Run, state: TrainState, loader: Loader, report: Report, interrupt: Interrupt) -> EpochStats:
     """Train the current epoch, or the rest of it, with checkpoints on the way; the statistics of the whole epoch."""
     from .training.engine import train_epoch
@@ -97,16 +99,14 @@ def _train_epoch(run: Run, state: TrainState, loader: Loader, report: Report, in
 
     batches_left = cfg.accumulation * (state.total_steps - progress.step)
     loader.start(progress.epoch, progress.batch, progress.batch + batches_left)
-    report.open_bar(state, len(loader))
     try:
-        train_epoch(
-            model, loader, state.optimizer, cfg,
-            step_scheduler=state.step_scheduler, scaler=state.scaler, average=state.average, on_step=on_step,
-        )  # fmt: skip
+        with report.progress_bar(state, len(loader)):
+            train_epoch(
+                model, loader, state.optimizer, cfg,
+                step_scheduler=state.step_scheduler, scaler=state.scaler, average=state.average, on_step=on_step,
+            )  # fmt: skip
     except UserError as error:
         raise UserError(f"epoch {progress.epoch + 1}: {error}. The last good checkpoint is in {run.folder}") from error
-    finally:
-        report.close_bar()
     return progress.stats
 
 

@@ -56,10 +56,8 @@ def cache_features(model: DualEncoder, loader: Loader, cfg: CFG) -> Loader:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        if "image" in frozen:
-            data.image_features = _image_features(model, data, cfg)
-        if "text" in frozen:
-            data.text_features = _text_features(model, data, cfg)
+        for tower in frozen:
+            setattr(data, f"{tower}_features", _features(model, tower, data, cfg))
     model.train(was_training)
     return Loader(data, cfg.batch_size, cfg.num_workers)
 
@@ -91,48 +89,36 @@ def head_input(model: DualEncoder, tower: str, *inputs: torch.Tensor) -> torch.T
     raise AssertionError(f"the {tower} tower has not called its head")
 
 
-def _image_features(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> torch.Tensor | None:
-    """(views, N, D), or None where the disk has no room."""
-    few = data.pixels(0, range(min(4, len(data))))
-    example = head_input(model, "image", few.to(model.device))
-    views, seed = (cfg.cached_views, data.seed) if data.augmented else (1, None)
-    shape = (views, len(data), *example.shape[1:])
-
-    def fill(features: torch.Tensor) -> None:
-        with tqdm(desc="Caching image features", total=views * len(data), unit=" images", leave=False) as bar:
-            for view in range(views):
-                for start in range(0, len(data), cfg.batch_size):
-                    numbers = range(start, min(start + cfg.batch_size, len(data)))
-                    pixels = data.pixels(view, numbers).to(model.device)
-                    features[view, start : numbers.stop] = head_input(model, "image", pixels)
-                    bar.update(len(numbers))
-
-    files = [(name, os.stat(data.folder / name)) for name in data.names]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    key = _key(model, "image", cfg, shape, seed, files, few.cpu().numpy())
-    return _computed_once(key, shape, example.dtype, fill, "image", cfg)
-
-
-def _text_features(model: DualEncoder, data: CaptionedImages, cfg: CFG) -> torch.Tensor | None:
-    """(captions, D), or None where the disk has no room."""
+def _features(model: DualEncoder, tower: str, data: CaptionedImages, cfg: CFG) -> torch.Tensor | None:
+    """The features of all images (views, N, D) or captions (captions, D); None where the disk has no room."""
     tokens = data.tokens
-    by_length = np.argsort(tokens.lengths(), kind="stable")
+    views, seed = (cfg.cached_views, data.seed) if data.augmented else (1, None)
 
-    def features_of(rows: np.ndarray) -> torch.Tensor:
-        return head_input(model, "text", *(t.to(model.device) for t in tokens.batch(rows)))
-
-    example = features_of(by_length[:1])
-    shape = (len(tokens), *example.shape[1:])
+    def batches() -> Iterator[tuple[tuple | torch.Tensor, tuple[torch.Tensor, ...]]]:
+        """The place of a batch in the result, and the tower's inputs."""
+        if tower == "text":  # captions of similar length together: little padding
+            for rows in torch.from_numpy(np.argsort(tokens.lengths(), kind="stable")).split(_CAPTIONS):
+                yield rows, tokens.batch(rows.numpy())
+            return
+        for view in range(views):
+            for numbers in torch.arange(len(data)).split(cfg.batch_size):
+                yield (view, numbers), (data.pixels(view, numbers.tolist()),)
 
     def fill(features: torch.Tensor) -> None:
-        with tqdm(desc="Caching text features", total=len(tokens), unit=" captions", leave=False) as bar:
-            for first in range(0, len(tokens), _CAPTIONS):
-                rows = by_length[first : first + _CAPTIONS]
-                features[torch.from_numpy(rows)] = features_of(rows).to(features.device)
-                bar.update(len(rows))
+        for place, inputs in tqdm(batches(), desc=f"Caching {tower} features", unit=" batches", leave=False):
+            features[place] = head_input(model, tower, *(x.to(model.device) for x in inputs)).to(features.device)
 
-    key = _key(model, "text", cfg, shape, tokens.ids, tokens.starts)
-    return _computed_once(key, shape, example.dtype, fill, "text", cfg)
+    if tower == "image":
+        stats = [os.stat(data.folder / name) for name in data.names]
+        few = data.pixels(0, range(min(4, len(data))))
+        shape, inputs = (views, len(data)), (few,)
+        facts = seed, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(data.names, stats, strict=True)]
+    else:
+        shape, inputs, facts = (len(tokens),), tokens.batch([0]), (tokens.ids, tokens.starts)
+    example = head_input(model, tower, *(x.to(model.device) for x in inputs))
+    shape = (*shape, *example.shape[1:])
+    key = _key(model, tower, cfg, shape, *facts, *(x.numpy() for x in inputs))
+    return _computed_once(key, shape, example.dtype, fill, tower, cfg)
 
 
 def _key(model: DualEncoder, tower: str, cfg: CFG, *facts: object) -> str:
@@ -145,7 +131,7 @@ def _key(model: DualEncoder, tower: str, cfg: CFG, *facts: object) -> str:
         digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else repr(fact).encode())
     for tensor in [*_frozen_tensors(network), model.mean, model.std]:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()[:16]
 
 
 def _frozen_tensors(network: torch.nn.Module) -> Iterator[torch.Tensor]:

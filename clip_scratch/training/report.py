@@ -12,9 +12,10 @@ import torch
 
 from ..data.source import DataSource
 from ..evaluation.retrieval import format_table
+from ..files import write_figure
 from ..models.clip import DualEncoder
 from ..models.freezing import count_parameters, frozen_parts
-from ..retrieval.matches import draw_matches, find_matches, save_grid
+from ..retrieval.matches import draw_matches, find_matches
 from .engine import EpochStats
 from .optimizer import learning_rates
 from .run import Run
@@ -56,13 +57,13 @@ class Report:
         else:
             print(f"rsum before training: {progress.start['rsum']:.1f}")
 
-    def open_bar(self, state: TrainState, batches: int) -> None:
-        """The progress bar of the current epoch, a batch a tick."""
+    def progress_bar(self, state: TrainState, batches: int):
+        """The progress bar of the current epoch, a batch a tick; a context manager."""
         from tqdm import tqdm
 
-        progress = state.progress
-        name = f"epoch {progress.epoch + 1}/{self.cfg.epochs}"
-        self.bar = tqdm(total=batches, initial=progress.batch, desc=name, unit="batch", dynamic_ncols=True, leave=False)
+        name, done = f"epoch {state.progress.epoch + 1}/{self.cfg.epochs}", state.progress.batch
+        self.bar = tqdm(total=batches, initial=done, desc=name, unit="batch", dynamic_ncols=True, leave=False)
+        return self.bar
 
     def step(self, state: TrainState, steps: EpochStats) -> None:
         """Move the bar: mean loss of the epoch, pairs (captions seen with their image) per second, temperature."""
@@ -71,9 +72,6 @@ class Report:
             f"loss {stats.loss:.3f}, {stats.pairs_per_second:.0f} pairs/s, temperature {temperature:.4f}", refresh=False
         )
         self.bar.update(steps.batches)
-
-    def close_bar(self) -> None:
-        self.bar.close()
 
     def epoch(self, line: dict, state: TrainState, stats: EpochStats) -> None:
         """One line per epoch, and warnings in plain words."""
@@ -100,10 +98,11 @@ class Report:
 
         names, folder = self.valid_df["image"].drop_duplicates().tolist(), self.source.image_folder
         matches = find_matches(model, image_embeddings, self._queries(), names, n=_IMAGES, image_path=folder)
+        figure = draw_matches(matches, columns=_IMAGES)
         if is_best:
-            save_grid(matches, self.run.folder / "retrieval.png", columns=_IMAGES)
+            write_figure(figure, self.run.folder / "retrieval.png")
         if self.run.board:
-            canvas = FigureCanvasAgg(draw_matches(matches, columns=_IMAGES))
+            canvas = FigureCanvasAgg(figure)
             canvas.draw()
             self.run.board.add_image("retrieval", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
 
