@@ -16,11 +16,10 @@ from ..models.freezing import places
 
 
 def build_optimizer(model: DualEncoder, cfg: CFG) -> torch.optim.AdamW:
-    """AdamW with a learning rate each for the image tower, the text tower and the heads.
+    """AdamW with learning rates for the image tower, the text tower, the heads and the LoRA updates.
 
-    LoRA's updates have a rate of their own, and with `layer_decay` each block's is lower than that of the block
-    above it (Clark et al. 2020, arXiv:2003.10555). Norms, biases and the temperature are not decayed. Raises
-    UserError where no parameter trains.
+    With `layer_decay` each block's rate is lower than that of the block above it (Clark et al. 2020, arXiv:2003.10555).
+    Norms, biases and the temperature are not decayed. Raises UserError where no parameter trains.
     """
     rates = {"image": cfg.image_encoder_lr, "text": cfg.text_encoder_lr, "head": cfg.head_lr}
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
@@ -40,23 +39,17 @@ def build_optimizer(model: DualEncoder, cfg: CFG) -> torch.optim.AdamW:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The present rate of each part: image_encoder_lr, text_encoder_lr, head_lr. A frozen tower's is 0.
-
-    With `layer_decay` a tower's rate is that of its last block.
-    """
-    rates = {"image_encoder_lr": 0.0, "text_encoder_lr": 0.0, "head_lr": 0.0}
+    """The current image_encoder_lr, text_encoder_lr and head_lr: of the last block, and 0 for a frozen tower."""
     names = {"image": "image_encoder_lr", "text": "text_encoder_lr", "head": "head_lr"}
-    for group in optimizer.param_groups:
-        name = names[group["part"]]
-        rates[name] = max(rates[name], group["lr"])
-    return rates
+    rates = {part: [group["lr"] for group in optimizer.param_groups if group["part"] == part] for part in names}
+    return {name: max(rates[part], default=0.0) for part, name in names.items()}
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int) -> LambdaLR | ReduceLROnPlateau:
-    """ "plateau": lower the rates when the validation rsum stalls. "cosine": warm up linearly, then fall to zero.
+    """The scheduler of `cfg.scheduler`.
 
-    A plateau scheduler steps once an epoch with the rsum; a cosine one once an optimiser step. The warm-up takes
-    a fifth of a short run at most.
+    "plateau" lowers the rates when the validation rsum stalls, and steps once an epoch; "cosine" warms up linearly, for
+    a fifth of the run at most, then falls to zero, and steps with the optimizer.
     """
     if cfg.scheduler == "plateau":
         return ReduceLROnPlateau(optimizer, mode="max", patience=cfg.patience, factor=cfg.factor)

@@ -124,19 +124,19 @@ class Report:
             tried = f": {progress.epoch} epochs of fine-tuning did not improve on it. Try lower learning rates"
             print("best/ is the untouched, zero-shot model" + (tried if progress.epoch else ""))
         print(format_table(metrics, "valid", self.valid_df["image_id"].nunique(), len(self.valid_df)))
-        commands = [
-            ("three queries and their images", folder / "retrieval.png"),
-            ("search with the model", f"python -m clip_scratch.search {folder} {shlex.quote(self._queries()[0])}"),
-            ("measure it again", f"python -m clip_scratch.evaluate {folder}"),
-            ("compare it with zero-shot", f"python -m clip_scratch.compare {folder}")
-            if self.is_pretrained
-            else (
-                "train on Flickr8k",
-                "python -m clip_scratch.prepare flickr8k && python -m clip_scratch.train flickr8k",
-            ),
-        ]
+        commands = {
+            "three queries and their images": folder / "retrieval.png",
+            "search with the model": f"python -m clip_scratch.search {folder} {shlex.quote(self._queries()[0])}",
+            "measure it again": f"python -m clip_scratch.evaluate {folder}",
+        }
+        if self.is_pretrained:
+            commands["compare it with zero-shot"] = f"python -m clip_scratch.compare {folder}"
+        else:
+            commands["train on Flickr8k"] = (
+                "python -m clip_scratch.prepare flickr8k && python -m clip_scratch.train flickr8k"
+            )
         print()
-        for what, command in commands:
+        for what, command in commands.items():
             print(f"{what + ':':<32}{command}")
 
 
@@ -175,28 +175,18 @@ def epoch_warnings(line: dict, state: TrainState, stats: EpochStats, loss: str) 
 
     A pretrained CLIP may start above chance, and at the clamp of its temperature.
     """
-    progress, rsum = state.progress, line["rsum"]
-    start_rsum = progress.start["rsum"]
+    rsum, start_rsum = line["rsum"], state.progress.start["rsum"]
     chance = chance_loss(stats.images / stats.batches, stats.captions / stats.batches)
-    warnings = []
-    if loss == "infonce" and stats.loss > 0.98 * chance and rsum < 1.1 * start_rsum:
-        warnings.append(
-            f"the loss ({stats.loss:.3f}) is still at chance ({chance:.3f}, ln of the batch size): the model does not "
-            "learn. Try a higher learning rate or a warm-up, and check that captions and images belong together"
-        )
-    if stats.spread > 0.95:
-        warnings.append(
-            f"the image embeddings have collapsed (mean cosine of different images {stats.spread:.2f}). "
-            "Lower the learning rates or use a larger batch"
-        )
-    if line["logit_scale"] > 99.5 > progress.start_logit_scale:
-        warnings.append(
-            "the learned temperature has reached its clamp (logit scale 100), often a sign of overfitting: "
-            "watch the validation recall, use more regularization or fewer epochs"
-        )
-    if rsum < start_rsum:
-        warnings.append(
-            f"the validation rsum ({rsum:.1f}) is below where training started ({start_rsum:.1f}). "
-            "Lower the learning rates of the towers"
-        )
-    return warnings
+    at_chance = loss == "infonce" and stats.loss > 0.98 * chance and rsum < 1.1 * start_rsum
+    at_clamp = line["logit_scale"] > 99.5 > state.progress.start_logit_scale
+    warnings = {
+        f"the loss ({stats.loss:.3f}) is still at chance ({chance:.3f}, ln of the batch size): the model does not "
+        "learn. Try a higher learning rate or a warm-up, and check that captions and images belong together": at_chance,
+        f"the image embeddings have collapsed (mean cosine of different images {stats.spread:.2f}). Lower the learning "
+        "rates or use a larger batch": stats.spread > 0.95,
+        "the learned temperature has reached its clamp (logit scale 100), often a sign of overfitting: watch "
+        "the validation recall, use more regularization or fewer epochs": at_clamp,
+        f"the validation rsum ({rsum:.1f}) is below where training started ({start_rsum:.1f}). Lower the learning "
+        "rates of the towers": rsum < start_rsum,
+    }
+    return [warning for warning, applies in warnings.items() if applies]
