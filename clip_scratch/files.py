@@ -22,17 +22,12 @@ _ANNOUNCED = 5e8  # bytes from which a cache is announced before it is written
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
     """Have `write` fill a temporary file beside `path`, sync it and rename it to `path`.
 
-    With `size` the temporary file is allocated first, so that `write` can map it: writing to a map of a file whose
-    disk is full would kill the process. Raises OSError where it cannot be written.
+    With `size` the temporary file is allocated first. Raises OSError where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if size:
-            with open(temporary, "wb") as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
+            allocate(temporary, size)
         write(temporary)
         with open(temporary, "rb+") as file:  # Windows cannot sync a file that is open for reading
             os.fsync(file.fileno())
@@ -41,6 +36,14 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
         with contextlib.suppress(OSError):  # Windows cannot delete a file that a traceback still maps
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def allocate(path: Path, size: int) -> None:
+    """Make a file of `size` bytes that can be mapped: writing to a map whose disk is full would kill the process."""
+    with open(path, "wb") as file:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
 
 
 def sync_folder(folder: Path) -> None:
