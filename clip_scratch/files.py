@@ -20,10 +20,7 @@ _ANNOUNCED = 5e8  # bytes from which a cache is announced before it is written
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
-    """Have `write` fill a temporary file beside `path`, sync it and rename it to `path`.
-
-    With `size` the temporary file is allocated first. Raises OSError where it cannot be written.
-    """
+    """Have `write` fill a temporary file beside `path`, allocated with `size` bytes, sync it and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if size:
@@ -98,10 +95,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` at the end, and is deleted where anything goes wrong.
-
-    `folder` must not exist, or be empty. What a killed process left of an earlier attempt is deleted first.
-    """
+    """A temporary folder that becomes `folder`, which is missing or empty; it is deleted where anything goes wrong."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -117,20 +111,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def sole_writer(path: Path) -> Iterator[None]:
-    """Hold the lock file beside `path`; the process prints a line where it has to wait for another one.
-
-    Raises OSError where the folder cannot be written or its disk has no locks.
-    """
+    """Hold the lock file beside `path`. Raises OSError where the folder cannot be written or its disk has no locks."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another process that is building {path}", file=sys.stderr)
-            lock.acquire()
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that is building {path}", file=sys.stderr)
+        lock.acquire()
     except NotImplementedError as error:
         raise OSError(f"the disk of {path.parent} has no file locks") from error
     try:
@@ -140,10 +130,7 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 
 def check_room(folder: Path, size: int, what: str, off_switch: str) -> None:
-    """Raise OSError unless `size` bytes take at most half of the free disk space; announce a large file.
-
-    The other half is for runs, and for everyone else who uses the disk.
-    """
+    """Raise OSError unless `size` bytes take at most half of the free disk space; announce a large file."""
     free = shutil.disk_usage(folder).free
     if size > free / 2:
         raise OSError(f"{size / 1e9:.1f} GB needed, and at most half of the {free / 1e9:.1f} GB free is used")
@@ -152,10 +139,7 @@ def check_room(folder: Path, size: int, what: str, off_switch: str) -> None:
 
 
 def cache_folder(cfg: CFG) -> Path:
-    """The folder of all caches: cfg.cache_path, or clip_scratch in the user's cache folder.
-
-    Raises OSError where the user has no home folder.
-    """
+    """cfg.cache_path, or clip_scratch in the user's cache folder. Raises OSError where there is no home folder."""
     try:
         if cfg.cache_path:
             return Path(cfg.cache_path).expanduser()
