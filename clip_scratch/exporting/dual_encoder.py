@@ -1,8 +1,7 @@
 """A from-scratch model in transformers' stock classes: TimmWrapperModel + BertModel in a VisionTextDualEncoderModel.
 
-Those classes differ from ours in three ways: the projections have no bias, and the text tower always pools the first
-token, through tanh. The weights are set so that the embeddings are nearly the same up to a scale, which the final
-normalisation removes. The construction is our own, not from a paper.
+Their projections have no bias, and their text tower pools the first token, through tanh. The weights are set so that
+the embeddings are nearly the same up to a scale, which the normalisation removes. The construction is our own.
 
 It is not exact. The image head's bias becomes a ridge fit; with mean pooling and P >= D - 1 one direction of the text
 features is lost; tanh is only nearly linear. Measured on Flickr8k's dev split: rsum 360.0 -> 359.8, lowest cosine
@@ -20,35 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import UserError
-from ..hub import is_function
 from ..models.clip import CLIPModel
 
 if TYPE_CHECKING:
     from transformers import BertModel, VisionTextDualEncoderModel
 
-# Scale of the mean of the tokens relative to the single token that BERT's residual connection adds to it
-_MEAN_SCALE = 1000.0
-# Root mean square of the input of the pooler's tanh: its relative error there is a third of the square
-_NEARLY_LINEAR = 0.02
-
-
-def check_expressible(model: CLIPModel) -> None:
-    """Raise UserError, which names the setting, where the stock classes cannot compute what the model does."""
-    cfg = model.cfg
-    for name in ("model_name", "text_encoder_model"):
-        if is_function(getattr(cfg, name)):
-            raise UserError(f"{name} {getattr(cfg, name)!r}: an encoder of your own cannot be exported to transformers")
-    if cfg.head != "linear":
-        raise UserError(
-            f"head {cfg.head!r} cannot be exported: transformers projects linearly. Train with --head linear"
-        )
-    architecture = model.text_encoder.model.config.model_type
-    if architecture != "bert":
-        raise UserError(
-            f"text_encoder_model: a {architecture} text tower cannot be exported, only one of BERT's architecture, "
-            "as bert-mini, bert-base-uncased and MiniLM are"
-        )
+_MEAN_SCALE = 1000.0  # of the mean of the tokens relative to the token that BERT's residual connection adds to it
+_NEARLY_LINEAR = (
+    0.02  # root mean square of the input of the pooler's tanh, whose relative error is a third of its square
+)
 
 
 def to_dual_encoder(model: CLIPModel, features: torch.Tensor) -> VisionTextDualEncoderModel:
@@ -57,7 +36,7 @@ def to_dual_encoder(model: CLIPModel, features: torch.Tensor) -> VisionTextDualE
     The image head's bias is fitted to `features` (N, D), those of typical images by the image tower.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(model.cfg.seed)  # so that the weights that stay random, see `_average`, are reproducible
+        torch.manual_seed(model.cfg.seed)  # of the weights that stay random, see `_average`
         dual = _random_dual_encoder(model)
     with torch.no_grad():
         dual.vision_model.timm_model.load_state_dict(model.image_encoder.model.state_dict())
@@ -73,12 +52,7 @@ def to_dual_encoder(model: CLIPModel, features: torch.Tensor) -> VisionTextDualE
 
 def _random_dual_encoder(model: CLIPModel) -> VisionTextDualEncoderModel:
     """The stock classes in the model's sizes; for mean pooling with another text layer, which takes the mean."""
-    from transformers import (
-        BertConfig,
-        TimmWrapperConfig,
-        VisionTextDualEncoderConfig,
-        VisionTextDualEncoderModel,
-    )
+    from transformers import BertConfig, TimmWrapperConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
 
     cfg, tower = model.cfg, model.image_encoder.model
     # As ImageEncoder builds it: some families, ViT among them, fix their size when they are built
@@ -89,12 +63,8 @@ def _random_dual_encoder(model: CLIPModel) -> VisionTextDualEncoderModel:
     settings = model.text_encoder.model.config.to_dict()
     settings.pop("_name_or_path", None)  # a path of this machine
     settings["num_hidden_layers"] += cfg.text_pooling == "mean"
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision,
-        BertConfig(**settings),
-        projection_dim=cfg.projection_dim,
-        logit_scale_init_value=model.logit_scale.log().item(),
-    )
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, BertConfig(**settings))
+    config.projection_dim, config.logit_scale_init_value = cfg.projection_dim, model.logit_scale.log().item()
     return VisionTextDualEncoderModel(config)
 
 

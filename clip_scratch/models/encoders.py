@@ -22,9 +22,9 @@ _KNOWN_CONFIGS = {
 def build_image_encoder(cfg: CFG) -> nn.Module:
     """The image encoder of `cfg.model_name`: a timm model, or what `module:function` returns for `cfg`.
 
-    Such a module of the user's own maps (B, 3, S, S) normalised pixels to (B, D) and has `out_dim`, D. Optional are
-    `mean` and `std` of the pixels (three numbers each in 0 to 1; ImageNet's otherwise) and `size`, S where cfg.size is
-    0. Its function is called again, with cfg.pretrained False, when a saved model is loaded.
+    Such a module maps (B, 3, S, S) normalised pixels to (B, D) and has `out_dim`, D. Optional are `mean` and `std` of
+    the pixels (three numbers each in 0 to 1; ImageNet's otherwise) and `size`, S where cfg.size is 0. Its function is
+    called again, with cfg.pretrained False, when a saved model is loaded.
     """
     if not is_function(cfg.model_name):
         return ImageEncoder(cfg.model_name, cfg.pretrained, cfg.trainable, cfg.image_weights, cfg.size)
@@ -37,7 +37,7 @@ def build_image_encoder(cfg: CFG) -> nn.Module:
 def build_text_encoder(cfg: CFG, vocab_size: int, config: object = None) -> nn.Module:
     """The text encoder of `cfg.text_encoder_model`: a transformers model, or what `module:function` returns for `cfg`.
 
-    Such a module of the user's own maps `input_ids` and `attention_mask` (C, L) to (C, D) and has `out_dim`, D.
+    Such a module maps `input_ids` and `attention_mask` (C, L) to (C, D) and has `out_dim`, D.
     """
     name = cfg.text_encoder_model
     if is_function(name):
@@ -53,7 +53,7 @@ def _own_encoder(name: str, setting: str, cfg: CFG) -> nn.Module:
 
 
 class Tower(nn.Module):
-    """A network as `model` with `out_dim` features. Where it is not `trainable` it is frozen and stays in eval mode."""
+    """A network as `model` with `out_dim` features; frozen, and always in eval mode, where it is not `trainable`."""
 
     def __init__(self, model: nn.Module, out_dim: int, trainable: bool):
         super().__init__()
@@ -86,7 +86,7 @@ class ImageEncoder(Tower):
         except RuntimeError as error:  # a tag that timm does not know, as in resnet18.nosuch
             raise UserError(f"model_name {model_name!r}: {error}") from error
         options = {"num_classes": 0}
-        if size and default is not None and default.fixed_input_size:
+        if size and default and default.fixed_input_size:
             options["img_size"] = size
         if pretrained and not weights:
             remedy = "Give image_weights a local .safetensors or .pth file, or --no-pretrained"
@@ -119,12 +119,20 @@ class TextEncoder(Tower):
         self, model_name: str = "distilbert-base-uncased", pretrained: bool = True, trainable: bool = True,
         pooling: str = "cls", vocab_size: int | None = None, config: object = None,
     ):  # fmt: skip
+        from transformers import AutoConfig
+
         if pretrained:
-            model = _pretrained_text_model(model_name)
+            remedy = "Give text_encoder_model a local folder, or --no-pretrained"
+            model = _load(_auto_model(_load(AutoConfig, model_name, remedy)), model_name, remedy)
         else:
-            model = _random_text_model(config or text_config(model_name), vocab_size)
+            config = config or text_config(model_name)
+            if vocab_size is not None:
+                config.vocab_size = vocab_size
+                if (getattr(config, "pad_token_id", None) or 0) >= vocab_size:
+                    config.pad_token_id = 0  # of a larger vocabulary
+            model = _auto_model(config).from_config(config)
         model.float()  # transformers loads the precision of the file, which may be half
-        if getattr(model, "pooler", None) is not None:
+        if hasattr(model, "pooler"):
             model.pooler = None  # its output is not used: it would be parameters that never learn
         super().__init__(model, model.config.hidden_size, trainable)
         self.pooling = pooling
@@ -155,9 +163,8 @@ def text_config(model_name: str):
 
     if model_name in SMALL_BERTS:
         layers, hidden = SMALL_BERTS[model_name]
-        heads = hidden // 64
-        sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-        return AutoConfig.for_model("bert", **sizes, intermediate_size=4 * hidden)
+        sizes = {"hidden_size": hidden, "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
+        return AutoConfig.for_model("bert", num_hidden_layers=layers, **sizes)
     if model_name in _KNOWN_CONFIGS:
         return AutoConfig.for_model(_KNOWN_CONFIGS[model_name])
     return _load(AutoConfig, model_name, "Give text_encoder_model a local folder, or one of the built-in names")
@@ -178,21 +185,6 @@ def _auto_model(config):
     return AutoModelForTextEncoding if has_decoder else AutoModel
 
 
-def _pretrained_text_model(model_name: str) -> nn.Module:
-    from transformers import AutoConfig
-
-    remedy = "Give text_encoder_model a local folder, or --no-pretrained"
-    return _load(_auto_model(_load(AutoConfig, model_name, remedy)), model_name, remedy)
-
-
-def _random_text_model(config, vocab_size: int | None) -> nn.Module:
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
-        if (getattr(config, "pad_token_id", None) or 0) >= vocab_size:
-            config.pad_token_id = 0  # of a larger vocabulary
-    return _auto_model(config).from_config(config)
-
-
 def load_weights(model: nn.Module, weights: str) -> None:
     """Load the .safetensors or .pth file `weights`: by name, or, where no name agrees, tensor by tensor in order.
 
@@ -210,11 +202,9 @@ def load_weights(model: nn.Module, weights: str) -> None:
     state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     expected = model.state_dict()
     if not state.keys() & expected.keys():
-        # The names are another code base's, but the order of the layers is the same
-        state = dict(zip(expected, state.values(), strict=False))
+        state = dict(zip(expected, state.values(), strict=False))  # another code base's names, the same order of layers
     for name, tensor in expected.items():
-        found = state.get(name)
-        if found is None or found.shape != tensor.shape:
-            shape = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+        if name not in state or state[name].shape != tensor.shape:
+            shape = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
             raise UserError(f"image_weights: {path} does not fit: {name} {shape}, expected {tuple(tensor.shape)}")
     model.load_state_dict({name: state[name] for name in expected})
