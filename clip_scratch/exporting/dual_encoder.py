@@ -71,32 +71,22 @@ def _random_dual_encoder(model: CLIPModel) -> VisionTextDualEncoderModel:
 def _image_projection(head: nn.Linear, features: torch.Tensor) -> torch.Tensor:
     """W + b vᵀ, (P, D): where v·f = 1 for the tower's features f, it maps them to W f + b without a bias.
 
-    No v fits every image, so v is the ridge regression of 1 on the features (N, D), with the penalty that
-    predicts every fifth image best from the others.
+    No v fits every image, so v is the ridge regression of 1 on the features (N, D).
     """
+    from sklearn.linear_model import RidgeCV
+
     features, weight, bias = features.double().cpu(), head.weight.double().cpu(), head.bias.double().cpu()
-    held_out = torch.arange(len(features)) % 5 == 4
-    fitted = _ridge(features[~held_out])
-    errors = {
-        size: (features[held_out] @ fitted(size) - 1).square().mean().item() for size in 10.0 ** torch.arange(-9, 0)
-    }
-    best = min(errors, key=errors.get)
-    return weight + torch.outer(bias, _ridge(features)(best))
-
-
-def _ridge(features: torch.Tensor):
-    """Penalty, as a fraction of the largest eigenvalue -> the v (D,) that makes features (N, D) @ v nearly 1."""
-    values, vectors = torch.linalg.eigh(features.T @ features)  # (D,), (D, D)
-    target = vectors.T @ features.sum(0)
-    return lambda penalty: vectors @ (target / (values.clamp(min=0) + penalty * values[-1]))
+    penalties = [10**n * torch.linalg.matrix_norm(features, 2).item() ** 2 for n in range(-9, 0)]
+    ridge = RidgeCV(penalties, fit_intercept=False).fit(features.numpy(), [1.0] * len(features))
+    return weight + torch.outer(bias, torch.from_numpy(ridge.coef_))
 
 
 def _text_pooling(text: BertModel, head: nn.Linear, pooling: str) -> torch.Tensor:
     """Set BERT's pooler, and for mean pooling its last layer; returns the text projection (P, D) that fits them.
 
     The goal is W h + b without a bias, where h is a token's vector or the mean of all. A token's vector leaves a
-    LayerNorm as gamma * n + beta, where n sums to 0. So h - beta has no component along 1 / gamma, and the
-    reflection R that turns 1 / gamma into the direction q of all ones maps it to a vector without one along q.
+    LayerNorm as gamma * n + beta, where n sums to 0. So h - beta has no component along 1 / gamma, and none along the
+    direction q of all ones after the reflection R that turns 1 / gamma into q.
 
     First token: R (h - beta) leaves q free for a constant, and the projection is W Rᵀ with b' = W beta + b in that
     direction. It is exact but for tanh, which is nearly linear in the range that is used.
@@ -139,16 +129,13 @@ def _text_pooling(text: BertModel, head: nn.Linear, pooling: str) -> torch.Tenso
 def _average(layer: nn.Module, matrix: torch.Tensor, bias: torch.Tensor) -> None:
     """Make a BERT layer give LayerNorm(matrix @ mean of the tokens + bias) for every token, (D, D) and (D,).
 
-    The residual connection adds the token itself, which is negligible at this scale. The feed-forward part adds
-    nothing, but its first half is random, as in a new BERT, so that it can learn.
+    The residual connection's token is negligible at this scale. The feed-forward part adds nothing, but its first half
+    is random, as in a new BERT, so that it can learn.
     """
     attention, output = layer.attention.self, layer.attention.output
-    for part in (attention.query, attention.key):
-        part.weight.zero_()
-        part.bias.zero_()
+    zeros = [attention.query, attention.key, layer.output.dense]
+    for parameter in (attention.value.bias, *(p for part in zeros for p in part.parameters())):
+        parameter.zero_()
     attention.value.weight.copy_(math.sqrt(_MEAN_SCALE) * matrix)
-    attention.value.bias.zero_()
     output.dense.weight.copy_(math.sqrt(_MEAN_SCALE) * torch.eye(len(bias)))
     output.dense.bias.copy_(_MEAN_SCALE * bias)
-    layer.output.dense.weight.zero_()
-    layer.output.dense.bias.zero_()

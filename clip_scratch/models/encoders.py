@@ -28,7 +28,7 @@ def build_image_encoder(cfg: CFG) -> nn.Module:
     """
     if not is_function(cfg.model_name):
         return ImageEncoder(cfg.model_name, cfg.pretrained, cfg.trainable, cfg.image_weights, cfg.size)
-    encoder = _own_encoder(cfg.model_name, "model_name", cfg)
+    encoder = _own_encoder(cfg, "model_name")
     if cfg.pretrained and cfg.image_weights:
         load_weights(encoder, cfg.image_weights)
     return encoder
@@ -39,13 +39,13 @@ def build_text_encoder(cfg: CFG, vocab_size: int, config: object = None) -> nn.M
 
     Such a module maps `input_ids` and `attention_mask` (C, L) to (C, D) and has `out_dim`, D.
     """
-    name = cfg.text_encoder_model
-    if is_function(name):
-        return _own_encoder(name, "text_encoder_model", cfg)
-    return TextEncoder(name, cfg.pretrained, cfg.trainable, cfg.text_pooling, vocab_size, config)
+    if is_function(cfg.text_encoder_model):
+        return _own_encoder(cfg, "text_encoder_model")
+    return TextEncoder(cfg.text_encoder_model, cfg.pretrained, cfg.trainable, cfg.text_pooling, vocab_size, config)
 
 
-def _own_encoder(name: str, setting: str, cfg: CFG) -> nn.Module:
+def _own_encoder(cfg: CFG, setting: str) -> nn.Module:
+    name = getattr(cfg, setting)
     encoder = import_function(name, setting)(cfg)
     if not isinstance(encoder, nn.Module) or not isinstance(getattr(encoder, "out_dim", None), int):
         raise UserError(f"{setting} {name!r} must return a torch module whose out_dim is the number of its features")
@@ -111,8 +111,8 @@ class ImageEncoder(Tower):
 class TextEncoder(Tower):
     """Any transformers text encoder: (C, L) token ids and mask -> (C, D), the first token or the mean.
 
-    `model_name` is a hub name, a local folder or `package:NAME/FOLDER`. Random weights of the common
-    architectures need no hub; `vocab_size` then is the tokenizer's. Raises UserError as ImageEncoder does.
+    `model_name` is a hub name, a local folder or `package:NAME/FOLDER`. Random weights of the common architectures need
+    no hub; `vocab_size` then is the tokenizer's. Raises UserError as ImageEncoder does.
     """
 
     def __init__(
@@ -122,8 +122,7 @@ class TextEncoder(Tower):
         from transformers import AutoConfig
 
         if pretrained:
-            remedy = "Give text_encoder_model a local folder, or --no-pretrained"
-            model = _load(_auto_model(_load(AutoConfig, model_name, remedy)), model_name, remedy)
+            model = _load(_auto_model(_load(AutoConfig, model_name)), model_name)
         else:
             config = config or text_config(model_name)
             if vocab_size is not None:
@@ -136,11 +135,7 @@ class TextEncoder(Tower):
             model.pooler = None  # its output is not used: it would be parameters that never learn
         super().__init__(model, model.config.hidden_size, trainable)
         self.pooling = pooling
-
-    @property
-    def max_length(self) -> int:
-        """The longest caption that the position embeddings allow, in tokens."""
-        return max_positions(self.model.config) or 10**6
+        self.max_length = max_positions(model.config) or 10**6  # of a caption, in tokens
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         features = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (C, L, D)
@@ -167,13 +162,14 @@ def text_config(model_name: str):
         return AutoConfig.for_model("bert", num_hidden_layers=layers, **sizes)
     if model_name in _KNOWN_CONFIGS:
         return AutoConfig.for_model(_KNOWN_CONFIGS[model_name])
-    return _load(AutoConfig, model_name, "Give text_encoder_model a local folder, or one of the built-in names")
+    return _load(AutoConfig, model_name, "one of the built-in names")
 
 
-def _load(auto_class, model_name: str, remedy: str):
+def _load(auto_class, model_name: str, alternative: str = "--no-pretrained"):
     known = [*SMALL_BERTS, *_KNOWN_CONFIGS]
     near = "" if model_name in known else suggest(model_name, known)
-    return load_pretrained(auto_class, model_name, "text_encoder_model", "the text encoder", f"{remedy}.{near}")
+    remedy = f"Give text_encoder_model a local folder, or {alternative}.{near}"
+    return load_pretrained(auto_class, model_name, "text_encoder_model", "the text encoder", remedy)
 
 
 def _auto_model(config):

@@ -41,7 +41,7 @@ def frozen_parts(cfg: CFG) -> dict[str, str]:
 def freeze(model: nn.Module, cfg: CFG) -> None:
     """Freeze the towers and heads of a dual encoder by `image_freeze` and `text_freeze`.
 
-    Raises UserError where a tower has too few blocks, where nothing would train, and for lora without PEFT.
+    Raises UserError where a tower has too few blocks, nothing would train, or PEFT is missing for lora.
     """
     asked = frozen_parts(cfg)
     if set(asked.values()) == {"all"}:
@@ -58,11 +58,8 @@ def _freeze_tower(tower: nn.Module, value: str, setting: str, rank: int) -> None
     number, depth = blocks(tower)
     n = int(count or 0)
     if n > depth or (word == "first" and n == depth):
-        raise UserError(
-            f"{setting} {value}: the tower has {depth} blocks. backbone freezes them all, none freezes none"
-        )
-    above = depth + 2  # nothing trains
-    lowest = {"none": 0, "first": n + 1, "all-but-last": depth - n + 1, "backbone": above, "all": above}[word]
+        raise UserError(f"{setting} {value}: the tower has {depth} blocks. Set it to backbone, or a smaller number")
+    lowest = {"none": 0, "first": n + 1, "all-but-last": depth - n + 1}.get(word, depth + 2)  # of those that train
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(number[name] >= lowest)
 

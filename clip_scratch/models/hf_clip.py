@@ -45,7 +45,7 @@ class HFCLIPModel(DualEncoder):
     ):  # fmt: skip
         super().__init__()
         cfg = cfg() if isinstance(cfg, type) else cfg
-        self.hf = _random(hf_config) if hf_config else _from_source(cfg)
+        self.hf = _hf_model(cfg, hf_config)
         config = self.hf.config
         if not _is_clip(self.hf):
             raise UserError(f"model_name {cfg.model_name!r} is a {config.model_type} model, without CLIP's two towers")
@@ -59,7 +59,8 @@ class HFCLIPModel(DualEncoder):
                     raise UserError(f"{name} is for models from scratch, and {cfg.model_name} is none. Leave it out")
         if cfg.loss == "auto":
             own["loss"] = "sigmoid" if hasattr(self.hf, "logit_bias") else "infonce"
-        self.cfg = cfg = dataclasses.replace(cfg, projection_dim=self.heads["text"].out_features, **own)
+        own["projection_dim"] = getattr(config, "projection_dim", 0) or self.heads["text"].out_features  # SigLIP's
+        self.cfg = cfg = dataclasses.replace(cfg, **own)
 
         self.tokenizer = tokenizer or build_tokenizer(dataclasses.replace(cfg, text_encoder_model=cfg.model_name))
         if cfg.text_tokenizer:
@@ -108,10 +109,19 @@ class HFCLIPModel(DualEncoder):
         return self.hf.config
 
     def forward_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        inputs = {"pixel_values": pixel_values}
-        if self.hf.config.model_type == "siglip2":
-            inputs = _patches(pixel_values, self.hf.config.vision_config.patch_size)
+        is_naflex = self.hf.config.model_type == "siglip2"
+        inputs = self._patches(pixel_values) if is_naflex else {"pixel_values": pixel_values}
         return self.hf.get_image_features(**inputs).pooler_output  # (B, P)
+
+    def _patches(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """SigLIP 2's input for images of any shape (NaFlex): (B, 3, S, S) -> patches, their mask and their grid."""
+        side = self.hf.config.vision_config.patch_size
+        n = pixel_values.shape[-1] // side
+        patches = pixel_values.unflatten(2, (n, side)).unflatten(4, (n, side))  # (B, 3, n, side, n, side)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, n * n, side * side * 3)
+        mask = patches.new_ones(patches.shape[:2], dtype=torch.long)
+        grid = torch.full((len(patches), 2), n, device=patches.device)
+        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": grid}
 
     def forward_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         if self.padded_length:
@@ -134,31 +144,15 @@ def _is_clip(hf: nn.Module) -> bool:
     return towers and all(hasattr(hf, name) for name in ("get_image_features", "get_text_features", "logit_scale"))
 
 
-def _patches(pixel_values: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
-    """SigLIP 2's input for images of any shape (NaFlex): (B, 3, S, S) -> patches, their mask and their grid."""
-    n = pixel_values.shape[-1] // size
-    patches = pixel_values.unflatten(2, (n, size)).unflatten(4, (n, size))  # (B, 3, n, size, n, size)
-    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, n * n, size * size * 3)
-    return {
-        "pixel_values": patches,
-        "pixel_attention_mask": patches.new_ones(patches.shape[:2], dtype=torch.long),
-        "spatial_shapes": torch.full((len(patches), 2), n, device=patches.device),
-    }
-
-
-def _random(config: PretrainedConfig) -> nn.Module:
-    from transformers import AutoModel
-
-    return AutoModel.from_config(config, dtype=torch.float32)
-
-
-def _from_source(cfg: CFG) -> nn.Module:
-    """The model of a local folder or a hub name, in fp32; its architecture alone with --no-pretrained."""
+def _hf_model(cfg: CFG, config: PretrainedConfig | None) -> nn.Module:
+    """The pretrained model in fp32, or one of random weights from `config` or with --no-pretrained."""
     from transformers import AutoConfig, AutoModel, CLIPConfig
 
-    if not cfg.pretrained:
+    if not config and not cfg.pretrained:
         is_default = cfg.model_name == OPENAI_BASE
-        return _random(CLIPConfig() if is_default else _load(AutoConfig, cfg, "the configuration of the CLIP"))
+        config = CLIPConfig() if is_default else _load(AutoConfig, cfg, "the configuration of the CLIP")
+    if config:
+        return AutoModel.from_config(config, dtype=torch.float32)
     model, loading = _load(AutoModel, cfg, "the CLIP", dtype=torch.float32, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"model_name: {cfg.model_name} has no weights for {len(missing)} tensors, {missing[0]} first")
