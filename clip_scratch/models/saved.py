@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ..config import CFG
+from ..device import pick_device
 from ..errors import UserError
 from ..files import write_atomically, write_json
 from ..hub import is_function
@@ -126,12 +127,13 @@ def _refuse_code_in(best: Path, cfg: CFG) -> None:
 def load(path: str | Path, device: str = "cpu") -> DualEncoder:
     """The trained model of a run folder or of its `best/`, in eval mode; no hub and no flag is needed.
 
-    Raises UserError where the folder is no run, has no best model yet, or holds damaged weights.
+    Raises UserError where the folder is no run, has no best model yet, or holds damaged weights, and for a `device`
+    that is not available; "auto" is the best one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    best = best_folder(path)
+    target, best = pick_device(CFG(device=device, precision="auto")), best_folder(path)
     if not (best / WEIGHTS).is_file():
         raise UserError(f"{best} holds no weights yet: the run has not finished its first epoch")
     model = bare_model(best)
@@ -139,4 +141,4 @@ def load(path: str | Path, device: str = "cpu") -> DualEncoder:
         model.load_state_dict(load_file(best / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{best / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval()
+    return model.to(target).eval()
