@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..config import CFG
+from ..device import pick_device
 from ..errors import UserError
 from ..files import write_atomically, write_json
 from ..hub import is_function
@@ -120,12 +121,13 @@ def _refuse_code_in(best: Path, cfg: CFG) -> None:
 def load(path: str | Path, device: str = "cpu") -> DualEncoder:
     """The trained model of a run folder or of its `best/`, in eval mode.
 
-    Raises UserError where the folder is no run, has no best model yet, or is damaged.
+    Raises UserError where the folder is no run, has no best model yet, or is damaged, and for a `device` that is not
+    available; "auto" is the best one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    best = best_folder(path)
+    target, best = pick_device(CFG(device=device, precision="auto")), best_folder(path)
     model = bare_model(best)
     try:
         model.load_state_dict(load_file(best / WEIGHTS))
@@ -133,4 +135,4 @@ def load(path: str | Path, device: str = "cpu") -> DualEncoder:
         raise UserError(f"{best} holds no weights yet: the run has not finished its first epoch") from error
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{best / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval()
+    return model.to(target).eval()
