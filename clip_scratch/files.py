@@ -20,7 +20,7 @@ _ANNOUNCED = 5e8  # bytes from which a cache is announced before it is written
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
-    """Have `write` fill a temporary file beside `path`, allocated with `size` bytes, sync it and rename it to `path`."""
+    """Have `write` fill a temporary file beside `path`, of `size` bytes at first, sync it and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if size:

@@ -1,7 +1,8 @@
-"""Exact nearest neighbours: a scan in float32 with a known error, then float64 for the rows that may be among the best.
+"""Exact nearest neighbours: a fast scan with a known error, then float64 for the rows that may be among the best.
 
-Q queries, N rows, P dimensions. The result is that of a full scan in float64, equal scores in the order of their rows,
-in the time of the float32 scan, which is that of reading the rows from memory.
+Q queries, N rows, P dimensions. The result is that of a full scan in float64, equal scores in the order of their rows.
+The time is that of reading the rows from memory: where the processor computes in bf16, a large matrix is scanned in a
+bf16 copy, which takes half the bytes and half the time at a million rows.
 """
 
 from __future__ import annotations
@@ -9,26 +10,35 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..device import computes_in_bf16
 from ..errors import UserError
 
+HALF_FROM = 2**22  # numbers (N * P) from which a bf16 copy pays: fewer, 16 MB of float32, stay in the CPU's cache
 _SCAN = 2**25  # scores computed at a time
+_BLOCKS = 64  # the k-th best of the maxima of disjoint blocks, found faster, bounds the k-th best from below
 
 
 class ExactSearch:
     """The rows (N, P) of greatest dot product with a query, exactly; with L2-normalised rows, of greatest cosine.
 
-    Tensors or arrays of any float type, read as float32. Raises UserError for rows that are not a matrix or not finite.
+    Tensors or arrays of any float type, read as float32. `half` says whether to make a bf16 copy for the scan (which
+    takes as long as ten to twenty searches); by default where it pays. Raises UserError for rows that are not a matrix
+    or not finite.
     """
 
-    def __init__(self, embeddings: torch.Tensor | np.ndarray):
-        self.rows = torch.as_tensor(embeddings).detach().float().cpu().contiguous().numpy()  # (N, P)
-        if self.rows.ndim != 2:
-            raise UserError(f"embeddings to search are (N, P), not {self.rows.shape}")
+    def __init__(self, embeddings: torch.Tensor | np.ndarray, half: bool | None = None):
+        rows = torch.as_tensor(embeddings).detach().float().cpu().contiguous()
+        if rows.ndim != 2:
+            raise UserError(f"embeddings to search are (N, P), not {tuple(rows.shape)}")
+        if half is None:
+            half = rows.numel() >= HALF_FROM and computes_in_bf16(rows.device)
+        self.rows, self.half = rows.numpy(), rows.bfloat16() if half else None  # (N, P)
         longest = np.sqrt(np.einsum("np,np->n", self.rows, self.rows).max(initial=0.0))
         if not np.isfinite(longest):
             raise UserError("embeddings to search contain NaN or infinity: remove those rows, or train again")
-        # A sum of P products in float32, in whatever order, is off by less than P * 2^-23 of |row||query|
-        self.error = 1.01 * float(longest) * self.rows.shape[1] * 2.0**-23
+        # A product of roundings to bf16 is off by 2 * 2^-8 of |row||query|, its own rounding by 2^-8 more, and a sum
+        # of P products in float32, in whatever order, by less than P * 2^-23; 1.01 covers the terms of second order
+        self.error = 1.01 * float(longest) * ((3 * 2.0**-8 if half else 0) + rows.shape[1] * 2.0**-23)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,12 +60,26 @@ class ExactSearch:
         scores, numbers = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         for start in range(0, len(queries) if k else 0, step):
             part = queries[start : start + step]
-            for i, (query, scan) in enumerate(zip(part.astype(np.float64), part @ self.rows.T, strict=True), start):
+            for i, (query, scan) in enumerate(zip(part.astype(np.float64), self._scan(part), strict=True), start):
                 # The true score of a row among the best k is at least the k-th best of the scan less the error, and
                 # it scans to no less than that less the error again. `not <`: a score that overflowed is a candidate
-                bound = np.partition(scan, -k)[-k] - 2 * self.error * np.linalg.norm(query)
+                blocks = (
+                    scan[: len(scan) // _BLOCKS * _BLOCKS].reshape(_BLOCKS, -1) if len(scan) >= _BLOCKS * k else scan
+                )
+                kth_best = np.partition(blocks.max(0) if blocks.ndim == 2 else blocks, -k)[-k]
+                bound = kth_best - 2 * self.error * np.linalg.norm(query)
                 candidates = np.flatnonzero(~(scan < bound))
-                exact = (self.rows[candidates] * query).sum(1)  # summed alike for all: equal rows have equal scores
+                exact = self._scores(query, candidates)
                 best = np.argsort(-exact, kind="stable")[:k]
                 scores[i], numbers[i] = exact[best], candidates[best]
         return torch.from_numpy(scores), torch.from_numpy(numbers)
+
+    def _scan(self, queries: np.ndarray) -> np.ndarray:
+        """All dot products (Q, N), off by no more than `error` times the length of the query."""
+        if self.half is None:
+            return queries @ self.rows.T
+        return (torch.from_numpy(queries).bfloat16() @ self.half.T).float().numpy()
+
+    def _scores(self, query: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Dot products in float64, summed alike for all rows, so that equal rows have equal scores."""
+        return (self.rows[numbers] * query).sum(1)

@@ -103,7 +103,8 @@ def _best(
         raise UserError(f"{len(embeddings)} embeddings do not line up with {len(names)} names")
     if n < 1:
         raise UserError(f"n is at least 1, not {n}")
-    search = embeddings if isinstance(embeddings, ExactSearch) else ExactSearch(embeddings)
+    # For one search a bf16 copy would take longer to make than it saves
+    search = embeddings if isinstance(embeddings, ExactSearch) else ExactSearch(embeddings, half=False)
     name_of = names.iloc if isinstance(names, pd.Series) else names
     results: list[dict[str, float]] = [{} for _ in queries]
     k, short = 8 * n, list(range(len(queries)))
