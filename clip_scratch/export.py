@@ -24,11 +24,9 @@ def export(
     the cosines between the embeddings of both, "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a
     model that transformers' classes cannot express, and for captions other than those that the run was trained on.
     """
-    from .config import CFG
     from .data.captions import fingerprint_of
     from .data.loaders import build_loaders
     from .data.source import open_data
-    from .device import pick_device
     from .evaluation.retrieval import recall_at_k
     from .exporting.transformers_folder import check_exportable, read_transformers_folder, write_transformers_folder
     from .files import new_folder
@@ -36,7 +34,7 @@ def export(
     from .retrieval.embed import embed_batches
     from .training.run import saved_fingerprint
 
-    model = load(run, str(pick_device(CFG(device=device))))
+    model = load(run, device)
     check_exportable(model)
     folder = Path(folder).expanduser().absolute()
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
@@ -81,12 +79,10 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Write the folder, and print how well it agrees with the run."""
-    from .config import CFG
-    from .device import keep_freed_memory, pick_device
+    from .device import keep_freed_memory
 
-    device = pick_device(CFG(device=arguments.device))
     keep_freed_memory()
-    result = export(arguments.run, arguments.folder, arguments.captions_path, arguments.image_path, str(device))
+    result = export(**vars(arguments))
     print(f"valid: {result['n_images']:,} images, {result['n_captions']:,} captions, in fp32")
     print(f"{'':<8}{'image to text R@1':>20}{'text to image R@1':>20}{'rsum':>8}")
     for name in ("run", "folder"):

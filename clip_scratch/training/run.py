@@ -1,10 +1,9 @@
 """A run folder, held by one process: its settings, best and last checkpoints, metrics, and how it is resumed.
 
-runs/x/config.json                 the settings that were asked for
-runs/x/metrics.jsonl               a line per epoch
-runs/x/best/                       the best model; see models/saved.py. Its config.json holds the settings as resolved:
-                                   precision, image size, number of steps ...
-runs/x/last/training.safetensors   all that a resume needs; JSON and tensors, nothing is unpickled
+config.json                 the settings that were asked for
+metrics.jsonl               a line per epoch
+best/                       the best model (models/saved.py); its config.json has the resolved settings
+last/training.safetensors   all that a resume needs: tensors and JSON, nothing is unpickled
 
 Every file is replaced in one rename: a run that is killed at any moment leaves only whole files.
 """
@@ -74,6 +73,7 @@ class Run:
             self.folder = Path(cfg.run_dir) if cfg.run_dir else _free_folder(cfg)
             self.cfg = dataclasses.replace(cfg, run_dir=str(self.folder))
             _check_new(self.folder)
+        self.best, self._last = self.folder / "best", self.folder / "last" / STATE
 
     def __enter__(self) -> Run:
         return self
@@ -83,14 +83,6 @@ class Run:
             self.board.close()
         if self._lock:
             self._lock.release()
-
-    @property
-    def best(self) -> Path:
-        return self.folder / "best"
-
-    @property
-    def _last(self) -> Path:
-        return self.folder / "last" / STATE
 
     def begin(self, model: DualEncoder) -> None:
         """Make the folder of a new run, with what never changes in `best/`."""
