@@ -32,7 +32,7 @@ def export(
     from .files import new_folder
     from .models.saved import best_folder, load
     from .retrieval.embed import embed_batches
-    from .training.run import saved_fingerprint
+    from .training.run import STATE, load_tree
 
     model = load(run, device)
     check_exportable(model)
@@ -44,8 +44,8 @@ def export(
         where = {"captions_path": captions_path, "image_path": image_path}
     source = open_data(dataclasses.replace(model.cfg, precision="fp32", **where))
     train, valid = source.split("train"), source.split("valid")
-    trained_on = saved_fingerprint(best_folder(run).absolute().parent)
-    if trained_on not in ("", fingerprint_of(train) + fingerprint_of(valid)):
+    last = best_folder(run).absolute().parent / "last" / STATE
+    if last.is_file() and load_tree(last)["fingerprint"] != fingerprint_of(train) + fingerprint_of(valid):
         raise UserError(
             f"{source.name} is not what {run} was trained on, so that its validation images may be training images. "
             "Set --captions-path to the captions of that time"
