@@ -53,7 +53,7 @@ class HFCLIPModel(DualEncoder):
         if not hf_config:
             own, mean, std = _image_geometry(cfg)
             if cfg.size not in (0, own["size"]):
-                raise UserError(f"size {cfg.size}: {cfg.model_name} takes {own['size']} pixels. Leave --size at 0")
+                raise UserError(f"size {cfg.size}: {cfg.model_name} takes {own['size']} pixels a side: use --size 0")
             for name in _FROM_SCRATCH:
                 if getattr(cfg, name) != getattr(CFG, name):
                     raise UserError(f"{name} is for models from scratch, and {cfg.model_name} is none. Leave it out")
