@@ -34,9 +34,6 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Print the results, and write them to files where asked."""
-    from .config import CFG
-    from .device import out_of_memory_advice, pick_device
-    from .evaluation.classification import confusion_matrix, draw_confusion, format_classification
     from .files import check_target, write_json
     from .models.saved import load
 
@@ -44,63 +41,60 @@ def main(arguments: Arguments) -> None:
         raise UserError("--linear-probe learns from the captions file: leave out --labels, --templates and --images")
     check_target(arguments.json)
     check_target(arguments.confusion, ".png")
-    with out_of_memory_advice("free some memory, or use --device cpu"):
-        model = load(arguments.run, str(pick_device(CFG(device=arguments.device))))
-        found = linear_probe(model, arguments) if arguments.linear_probe else zero_shot(model, arguments)
-    result = found if isinstance(found, dict) else found.metrics
+    model = load(arguments.run, arguments.device)
+    found = linear_probe(model, arguments) if arguments.linear_probe else zero_shot(model, arguments)
     if arguments.json:
-        write_json(Path(arguments.json), result)
+        write_json(Path(arguments.json), found if isinstance(found, dict) else found.metrics)
     if isinstance(found, dict):
         for name, ranked in found["best_labels"].items():
             print(f"{name}  " + ", ".join(f"{label} {probability:.2f}" for label, probability in ranked))
         return
-    matrix = confusion_matrix(found.scores, found.targets)
-    print(format_classification(found.metrics, matrix, found.labels, found.title))
+    print(found.text())
     if arguments.confusion:
-        draw_confusion(matrix, found.labels, arguments.confusion)
+        found.draw(arguments.confusion)
 
 
 def zero_shot(model: DualEncoder, arguments: Arguments) -> Classified | dict[str, object]:
-    """The scores of the images; without true labels a dictionary with the three best labels of each image."""
-    from .data.images import images_below
-    from .evaluation import labels as classes
-    from .evaluation.classification import Classified, classification_metrics
+    """The results on the images; without true labels a dictionary with the three best labels of each image."""
+    from .evaluation.classification import measure_classes
+    from .evaluation.labels import folder_labels, image_labels, read_lines, targets_of
     from .evaluation.measure import checked_split, open_captions
     from .evaluation.zero_shot import TEMPLATES, label_embeddings, ranked_labels
     from .retrieval.embed import encode_image
 
-    templates = classes.read_templates(arguments.templates) if arguments.templates else TEMPLATES
-    from_table = arguments.labels == "table"
-    if from_table or not arguments.images:
+    templates = read_lines(arguments.templates) if arguments.templates else TEMPLATES
+    labels = None if arguments.labels == "table" else read_lines(arguments.labels)
+    if labels is None or not arguments.images:
         source = open_captions(model.cfg, arguments.captions_path, arguments.image_path)
-    labels = classes.labels_of(source.table, source.name) if from_table else classes.read_labels(arguments.labels)
+        labels = labels or sorted(set(image_labels(source.table, source.name)))
     if arguments.images:
-        folder = Path(arguments.images)
-        images = classes.labelled_folder(folder, images_below(folder))
+        where, folder = arguments.images, Path(arguments.images)
+        true = folder_labels(folder)
     else:
-        images = classes.labelled_split(*checked_split(source, arguments.split))
-    if arguments.confusion and not images.labels:
-        raise UserError(f"--confusion: the images of {images.folder} have no true labels: give each label a sub-folder")
-    targets = classes.targets_of(images, labels) if images.labels else None
+        source, where = checked_split(source, arguments.split)
+        folder, true = source.image_folder, image_labels(source.table, source.name)
+    has_labels = true.any()
+    if arguments.confusion and not has_labels:
+        raise UserError(f"--confusion: the images of {folder} have no true labels: give each label a sub-folder")
+    per_label = label_embeddings(model, labels, templates).double()  # (K, P)
+    targets = targets_of(true, labels) if has_labels else None
 
-    embeddings = encode_image(model, images.paths, progress=True, on_bad_image="skip").double()
+    embeddings = encode_image(model, [folder / name for name in true.index], progress=True, on_bad_image="skip")
     readable = embeddings.any(1)
-    names = [name for name, is_readable in zip(images.names, readable.tolist(), strict=True) if is_readable]
-    cosine = embeddings[readable] @ label_embeddings(model, labels, templates).double().T  # (N, P) -> (N, K)
+    cosine = embeddings[readable].double() @ per_label.T  # (N, P) -> (N, K)
     if targets is None:
-        best = {n: ranked[:3] for n, ranked in zip(names, ranked_labels(model, cosine, labels), strict=True)}
-        return {"n_images": len(names), "n_classes": len(labels), "best_labels": best}
-    targets = targets[readable]
-    title = (
-        f"zero-shot, {images.source}: {len(names):,} images, {len(labels):,} classes, {len(templates):,} templates"
-    )  # fmt: skip
-    metrics = {"split": images.source, **classification_metrics(cosine, targets, labels)}
-    return Classified(metrics, cosine, targets, labels, title)
+        ranked = ranked_labels(model, cosine, labels)
+        best = {name: row[:3] for name, row in zip(true.index[readable.numpy()], ranked, strict=True)}
+        return {"n_images": len(best), "n_classes": len(labels), "best_labels": best}
+    found = measure_classes(cosine, targets[readable], labels)
+    found.metrics = {"split": where, **found.metrics}
+    found.title = f"zero-shot, {where}: {len(cosine):,} images, {len(labels):,} classes, {len(templates):,} templates"
+    return found
 
 
 def linear_probe(model: DualEncoder, arguments: Arguments) -> Classified:
     """A linear probe fitted on the training split; C is chosen on the validation split where another is reported."""
-    from .evaluation.labels import labelled_split
+    from .evaluation.labels import image_labels
     from .evaluation.linear_probe import linear_probe as fit_probe
     from .evaluation.measure import WHOLE, checked_split, open_captions
     from .retrieval.embed import encode_image
@@ -114,8 +108,10 @@ def linear_probe(model: DualEncoder, arguments: Arguments) -> Classified:
         )
     parts = {}
     for split in dict.fromkeys(["train", reported, *({"valid"} & splits)]):
-        images = labelled_split(*checked_split(source, split))
-        parts[split] = encode_image(model, images.paths, progress=True).double().numpy(), images.labels
+        part, _ = checked_split(source, split)
+        labels = image_labels(part.table, part.name)
+        images = [part.image_folder / name for name in labels.index]
+        parts[split] = encode_image(model, images, progress=True).double().numpy(), labels.to_numpy()
     found = fit_probe(parts["train"], parts[reported], parts.get("valid") if reported != "valid" else None)
     found.metrics = {"split": reported, **found.metrics}
     found.title = (

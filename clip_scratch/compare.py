@@ -18,24 +18,22 @@ class Arguments:
     split: Literal["train", "valid", "test"] = "valid"  # which images to measure on
     captions_path: str = ""  # another captions file than the runs' own
     image_path: str = ""  # folder of its images
-    markdown: str = ""  # write the table to this file, as Markdown
-    csv: str = ""  # write the table to this file, as CSV
+    markdown: str = ""  # write what is printed, a Markdown table, to this file
+    csv: str = ""  # write all figures to this file, as CSV
     chart: str = ""  # write a bar chart to this PNG
     device: str = "auto"  # cpu, cuda, ...; auto: the best available
 
 
 def main(arguments: Arguments) -> None:
     """Print the table, and write it to files where asked."""
-    from .device import out_of_memory_advice
     from .evaluation.comparison import compare
     from .files import check_target
 
     for target, suffix in ((arguments.markdown, ""), (arguments.csv, ""), (arguments.chart, ".png")):
         check_target(target, suffix)
-    with out_of_memory_advice("free some memory, or use --device cpu"):
-        comparison = compare(
-            arguments.runs, arguments.split, arguments.captions_path, arguments.image_path, arguments.device
-        )
+    comparison = compare(
+        arguments.runs, arguments.split, arguments.captions_path, arguments.image_path, arguments.device
+    )
     print(comparison.text())
     comparison.write(arguments.markdown, arguments.csv, arguments.chart)
 

@@ -21,7 +21,6 @@ from .errors import UserError, suggest
 
 
 def _check(names: typing.Iterable[str], owner: type) -> None:
-    """Refuse the first name that is not a setting of `owner`."""
     known = {field.name for field in dataclasses.fields(owner)}
     for name in names:
         if name not in known:
@@ -29,7 +28,7 @@ def _check(names: typing.Iterable[str], owner: type) -> None:
 
 
 class _Settings(type):
-    """Metaclass that lets `CFG.batch_size = 64` work and `CFG.batchsize = 64` fail."""
+    """Metaclass that refuses `CFG.batchsize = 64`."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         if not name.startswith("_") and dataclasses.is_dataclass(cls):
@@ -134,32 +133,25 @@ class CFG(metaclass=_Settings):
             setattr(self, field.name, _validated(field.name, value))
 
     def __init_subclass__(cls) -> None:
-        names = [n for n, v in vars(cls).items() if not n.startswith("_") and not hasattr(v, "__get__")]
-        _check(names, cls)
+        _check([n for n, v in vars(cls).items() if not n.startswith("_") and not hasattr(v, "__get__")], cls)
 
     def __setattr__(self, name: str, value: object) -> None:
         _check([name], type(self))
         object.__setattr__(self, name, _validated(name, value))
 
 
-# Numbers outside these bounds would fail late and obscurely.
+# Numbers outside these bounds would fail late and obscurely; all others are at least 0
 _BOUNDS: dict[str, tuple[float, float]] = {
-    "n_scenes": (30, math.inf), "seed": (0, 2**32 - 1), "size": (0, math.inf), "max_length": (3, math.inf), "projection_dim": (1, math.inf),
+    "n_scenes": (30, math.inf), "seed": (0, 2**32 - 1), "max_length": (3, math.inf), "projection_dim": (1, math.inf),
     "valid_fraction": (0, 0.9), "test_fraction": (0, 0.9), "crop_scale": (1e-3, 1), "horizontal_flip": (0, 1),
     "color_jitter": (0, 1), "hue_jitter": (0, 0.5), "dropout": (0, 0.99), "image_dropout": (0, 0.99),
     "text_dropout": (0, 0.99), "lora_rank": (1, math.inf), "temperature": (1e-6, math.inf), "batch_size": (1, math.inf),
     "accumulation": (1, math.inf), "layer_decay": (1e-3, 1), "factor": (1e-6, 1), "ema": (0, 0.99999),
     "stop_at": (0, 100), "checkpoint_steps": (1, math.inf),
-    **dict.fromkeys(
-        ("captions_per_image", "epochs", "minutes", "max_steps", "head_lr", "image_encoder_lr", "text_encoder_lr",
-         "lora_lr", "weight_decay", "warmup_steps", "patience", "early_stopping", "grad_clip", "cached_views", "num_workers"),
-        (0, math.inf),
-    ),
-}  # fmt: skip
+}
 _FREEZE = (r"none|first:[1-9]\d*|all-but-last:[1-9]\d*|backbone|all|lora", "none, first:N, all-but-last:N, backbone, all or lora")
 _FORMS = {
-    "image_freeze": _FREEZE,
-    "text_freeze": _FREEZE,
+    "image_freeze": _FREEZE, "text_freeze": _FREEZE,
     "precision": (r"auto|fp16|(fp32|bf16)(/(fp32|bf16))?", "auto, fp32, bf16, fp16, or one for each tower such as fp32/bf16"),
     "resize": (r"stretch|crop(:[1-9]\d*)?", "stretch, crop or crop:PIXELS"),
     "wise_ft": (r"|auto|0?\.\d+|0|1(\.0+)?", "empty, auto, or a number from 0 to 1"),
@@ -177,12 +169,10 @@ def _validated(name: str, value: object) -> object:
         if value not in options:
             raise UserError(f"{name} is one of {', '.join(options)}, not {value!r}.{suggest(str(value), options)}")
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
     if kind is str and (hasattr(value, "__fspath__") or (name == "wise_ft" and isinstance(value, int | float))):
         value = str(value)
-    if kind is int and not isinstance(value, bool) and hasattr(value, "__index__"):
-        value = int(value)  # numpy's integers
+    if kind in (int, float) and hasattr(value, "__index__") and not isinstance(value, bool):
+        value = kind(value)  # an int, numpy's as well
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{name} takes {kind.__name__}, not {value!r}")
     if name == "size" and 0 < value < 8:
@@ -192,7 +182,7 @@ def _validated(name: str, value: object) -> object:
         word, colon, n = value.partition(":")
         new = f" {value!r} is now called {_OLD_FREEZE[word] + colon + n!r}." if word in _OLD_FREEZE else ""
         raise UserError(f"{name} is {description}, not {value!r}.{new}")
-    low, high = _BOUNDS.get(name, (-math.inf, math.inf))
+    low, high = _BOUNDS.get(name, (0, math.inf))
     if isinstance(value, int | float) and not low <= value <= high:
         bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         raise UserError(f"{name} is {bounds}, not {value!r}")

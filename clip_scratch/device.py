@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .config import CFG
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +66,9 @@ def keep_freed_memory() -> None:
 @contextlib.contextmanager
 def out_of_memory_advice(advice: str) -> Iterator[None]:
     """Turn an out-of-memory error of any device into a UserError that says `advice`."""
-    import torch
-
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch's errors for a GPU and for a CPU are RuntimeErrors
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(f"out of memory: {advice}") from error

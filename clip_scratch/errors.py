@@ -1,8 +1,9 @@
-"""What the user did wrong, said in one clear line, and the exit statuses of the commands."""
+"""What the user did wrong, in one clear line, and the exit statuses of the commands."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -10,13 +11,18 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message names the file, row or setting and the fix."""
+    """A mistake that the user can fix: the message names the file, row or setting and the fix."""
 
 
 def suggest(word: str, options: Iterable[str], n: int = 3) -> str:
     """' Did you mean x or y?' for the options nearest to `word`; '' where none is near."""
     near = difflib.get_close_matches(word, list(options), n=n, cutoff=0.6)
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python or of torch, whose errors are RuntimeErrors, says that memory ran out."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def run_command(command: Callable[[], object]) -> None:
@@ -26,9 +32,16 @@ def run_command(command: Callable[[], object]) -> None:
     """
     try:
         command()
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory: free some memory, or use --device cpu", file=sys.stderr)
+        sys.exit(USER_ERROR)

@@ -20,17 +20,14 @@ def evaluate(
     splits all images are measured, and `split` is "all". Raises UserError for a folder that is no run, a split
     without images and a device that is not available.
     """
-    from .config import CFG
-    from .device import out_of_memory_advice, pick_device
     from .evaluation.measure import checked_split, count_ambiguous, measure, open_captions
     from .models.saved import load
 
-    model = load(run, str(pick_device(CFG(device=device))))
+    model = load(run, device)
     source, split = checked_split(open_captions(model.cfg, captions_path, image_path), split)
-    with out_of_memory_advice("free some memory, or use --device cpu"):
-        metrics = measure(model, source).metrics
     counts = {"n_images": int(source.table["image_id"].nunique()), "n_captions": len(source.table)}
-    return {**metrics, "split": split, **counts, "n_ambiguous_captions": count_ambiguous(source.table)}
+    counts["n_ambiguous_captions"] = count_ambiguous(source.table)
+    return {**measure(model, source).metrics, "split": split, **counts}
 
 
 @dataclass
@@ -51,15 +48,14 @@ def main(arguments: Arguments) -> None:
     from .evaluation.retrieval import format_table
     from .files import check_target, write_json
 
-    check_target(arguments.json)
-    result = evaluate(
-        arguments.run, arguments.split, arguments.captions_path, arguments.image_path, arguments.device
-    )  # fmt: skip
+    target = arguments.json
+    check_target(target)
+    result = evaluate(**{name: value for name, value in vars(arguments).items() if name != "json"})
     print(format_table(result, result["split"], result["n_images"], result["n_captions"]))
     if n := result["n_ambiguous_captions"]:
         print(ambiguity(n, result["n_captions"]))
-    if arguments.json:
-        write_json(Path(arguments.json), result)
+    if target:
+        write_json(Path(target), result)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,10 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from .errors import UserError, run_command
-
-if TYPE_CHECKING:
-    from .config import CFG
-    from .data.source import DataSource
 
 _FIT_IMAGES = 3000  # training images, at most, that the image head's bias is fitted to
 
@@ -24,35 +19,40 @@ def export(
 ) -> dict[str, object]:
     """Write the best model of a run to `folder`, which must not exist or be empty, and measure both.
 
-    The folder holds the weights, the tokenizer and the image processor: AutoModel, AutoTokenizer and
-    AutoImageProcessor load it without clip_scratch and without a network. Returns, of the validation split in fp32,
-    the recalls of the "run" and of the "folder" as read back, `n_images`, `n_captions`, and the cosines between the
-    embeddings of both models, "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a folder that is no
-    run, a model that transformers' classes cannot express, captions other than those that the run was trained on, a
-    `folder` that is in use, and a device that is not available.
+    AutoModel, AutoTokenizer and AutoImageProcessor load it without clip_scratch and without a network. Returns, of the
+    validation split in fp32, the recalls of the "run" and of the "folder" as read back, `n_images`, `n_captions`, and
+    the cosines between the embeddings of both, "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a
+    model that transformers' classes cannot express, and for captions other than those that the run was trained on.
     """
-    from .config import CFG
+    from .data.captions import fingerprint_of
     from .data.loaders import build_loaders
-    from .device import pick_device
+    from .data.source import open_data
     from .evaluation.retrieval import recall_at_k
-    from .exporting.transformers_folder import (
-        check_exportable,
-        read_transformers_folder,
-        write_transformers_folder,
-    )
+    from .exporting.transformers_folder import check_exportable, read_transformers_folder, write_transformers_folder
     from .files import new_folder
-    from .models.saved import load
+    from .models.saved import best_folder, load
     from .retrieval.embed import embed_batches
+    from .training.run import STATE, load_tree
 
-    model = load(run, str(pick_device(CFG(device=device))))
+    model = load(run, device)
     check_exportable(model)
     folder = Path(folder).expanduser().absolute()
-    _check_unused(folder)
-    source = _open_data(run, _moved(model.cfg, captions_path, image_path))
-    cfg = dataclasses.replace(source.cfg, image_cache=False)  # each image is read once
-    valid, train = source.split("valid"), source.split("train").drop_duplicates("image_id")
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already. Name a new or empty folder to export to")
+    where = {"image_path": image_path or model.cfg.image_path}
+    if captions_path:
+        where = {"captions_path": captions_path, "image_path": image_path}
+    source = open_data(dataclasses.replace(model.cfg, precision="fp32", **where))
+    train, valid = source.split("train"), source.split("valid")
+    last = best_folder(run).absolute().parent / "last" / STATE
+    if last.is_file() and load_tree(last)["fingerprint"] != fingerprint_of(train) + fingerprint_of(valid):
+        raise UserError(
+            f"{source.name} is not what {run} was trained on, so that its validation images may be training images. "
+            "Set --captions-path to the captions of that time"
+        )
+    model.cfg = cfg = dataclasses.replace(source.cfg, image_cache=False)  # each image is read once
+    train = train.drop_duplicates("image_id")
     train = train.iloc[:: -(-len(train) // _FIT_IMAGES)]
-    model.cfg = cfg
     try:
         with new_folder(folder) as temporary:
             write_transformers_folder(model, temporary, build_loaders(train, model.tokenizer, "valid", cfg))
@@ -61,56 +61,9 @@ def export(
             after = embed_batches(written, build_loaders(valid, written.tokenizer, "valid", cfg))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error}. Name another folder to export to") from error
-    return {
-        "run": recall_at_k(images, texts, own),
-        "folder": recall_at_k(*after),
-        "n_images": len(images),
-        "n_captions": len(texts),
-        "image_cosines": (images * after[0]).sum(1),
-        "text_cosines": (texts * after[1]).sum(1),
-    }
-
-
-def _check_unused(folder: Path) -> None:
-    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already. Name a new or empty folder to export to")
-
-
-def _moved(cfg: CFG, captions_path: str, image_path: str) -> CFG:
-    """The run's settings in fp32, for its data set where it is now.
-
-    Captions files of the other splits are where they were, or else beside the new `captions_path`.
-    """
-    cfg = dataclasses.replace(cfg, precision="fp32")
-    if not captions_path:
-        return dataclasses.replace(cfg, image_path=image_path or cfg.image_path)
-    cfg = dataclasses.replace(cfg, captions_path=captions_path, image_path=image_path)
-    for name in ("valid_captions_path", "test_captions_path"):
-        before = getattr(cfg, name)
-        if before and not os.path.exists(Path(before).expanduser()):
-            path = Path(captions_path).expanduser()
-            path = (path if path.is_dir() else path.parent) / Path(before).name
-            if not path.is_file():
-                raise UserError(f"{name} of the run, {before}, is missing. Copy it to {path}")
-            setattr(cfg, name, str(path))
-    return cfg
-
-
-def _open_data(run: str | Path, cfg: CFG) -> DataSource:
-    """The run's data set. Raises UserError where it has changed: validation images may have been trained on."""
-    from .data.captions import fingerprint_of
-    from .data.source import open_data
-    from .models.saved import best_folder
-    from .training.run import saved_fingerprint
-
-    source = open_data(cfg)
-    trained_on = saved_fingerprint(best_folder(run).absolute().parent)
-    if trained_on not in ("", fingerprint_of(source.split("train")) + fingerprint_of(source.split("valid"))):
-        raise UserError(
-            f"{source.name} is not what {run} was trained on, so that its validation images may be training images. "
-            "Set --captions-path to the captions of that time"
-        )
-    return source
+    recalls = {"run": recall_at_k(images, texts, own), "folder": recall_at_k(*after)}
+    cosines = {"image_cosines": (images * after[0]).sum(1), "text_cosines": (texts * after[1]).sum(1)}
+    return {**recalls, **cosines, "n_images": len(images), "n_captions": len(texts)}
 
 
 @dataclass
@@ -126,12 +79,10 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Write the folder, and print how well it agrees with the run."""
-    from .config import CFG
-    from .device import keep_freed_memory, pick_device
+    from .device import keep_freed_memory
 
-    device = pick_device(CFG(device=arguments.device))
     keep_freed_memory()
-    result = export(arguments.run, arguments.folder, arguments.captions_path, arguments.image_path, str(device))
+    result = export(**vars(arguments))
     print(f"valid: {result['n_images']:,} images, {result['n_captions']:,} captions, in fp32")
     print(f"{'':<8}{'image to text R@1':>20}{'text to image R@1':>20}{'rsum':>8}")
     for name in ("run", "folder"):

@@ -20,19 +20,11 @@ _ANNOUNCED = 5e8  # bytes from which a cache is announced before it is written
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
-    """Have `write` fill a temporary file beside `path`, sync it and rename it to `path`.
-
-    With `size` the temporary file is allocated first, so that `write` can map it: writing to a map of a file whose
-    disk is full would kill the process. Raises OSError where it cannot be written.
-    """
+    """Have `write` fill a temporary file beside `path`, of `size` bytes at first, sync it and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if size:
-            with open(temporary, "wb") as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
+            allocate(temporary, size)
         write(temporary)
         with open(temporary, "rb+") as file:  # Windows cannot sync a file that is open for reading
             os.fsync(file.fileno())
@@ -41,6 +33,14 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
         with contextlib.suppress(OSError):  # Windows cannot delete a file that a traceback still maps
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def allocate(path: Path, size: int) -> None:
+    """Make a file of `size` bytes that can be mapped: writing to a map whose disk is full would kill the process."""
+    with open(path, "wb") as file:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
 
 
 def sync_folder(folder: Path) -> None:
@@ -95,10 +95,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` at the end, and is deleted where anything goes wrong.
-
-    `folder` must not exist, or be empty. What a killed process left of an earlier attempt is deleted first.
-    """
+    """A temporary folder that becomes `folder`, which is missing or empty; it is deleted where anything goes wrong."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -114,20 +111,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def sole_writer(path: Path) -> Iterator[None]:
-    """Hold the lock file beside `path`; the process prints a line where it has to wait for another one.
-
-    Raises OSError where the folder cannot be written or its disk has no locks.
-    """
+    """Hold the lock file beside `path`. Raises OSError where the folder cannot be written or its disk has no locks."""
     from filelock import FileLock, Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"waiting for another process that is building {path}", file=sys.stderr)
-            lock.acquire()
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that is building {path}", file=sys.stderr)
+        lock.acquire()
     except NotImplementedError as error:
         raise OSError(f"the disk of {path.parent} has no file locks") from error
     try:
@@ -137,10 +130,7 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 
 def check_room(folder: Path, size: int, what: str, off_switch: str) -> None:
-    """Raise OSError unless `size` bytes take at most half of the free disk space; announce a large file.
-
-    The other half is for runs, and for everyone else who uses the disk.
-    """
+    """Raise OSError unless `size` bytes take at most half of the free disk space; announce a large file."""
     free = shutil.disk_usage(folder).free
     if size > free / 2:
         raise OSError(f"{size / 1e9:.1f} GB needed, and at most half of the {free / 1e9:.1f} GB free is used")
@@ -149,10 +139,7 @@ def check_room(folder: Path, size: int, what: str, off_switch: str) -> None:
 
 
 def cache_folder(cfg: CFG) -> Path:
-    """The folder of all caches: cfg.cache_path, or clip_scratch in the user's cache folder.
-
-    Raises OSError where the user has no home folder.
-    """
+    """cfg.cache_path, or clip_scratch in the user's cache folder. Raises OSError where there is no home folder."""
     try:
         if cfg.cache_path:
             return Path(cfg.cache_path).expanduser()

@@ -1,8 +1,4 @@
-"""Names -> local files, installed packages, functions of the user's own, or models on a hub.
-
-Without a network the hub libraries retry silently for a minute. Here one short request decides whether the hub is
-asked at all, and the error says how to continue without it.
-"""
+"""Names -> local files, installed packages, functions of the user's own, or models on a hub."""
 
 from __future__ import annotations
 
@@ -24,10 +20,9 @@ _TIMEOUT = 5.0  # seconds that the hub has to answer
 
 
 def local_path(name: str, setting: str) -> Path | None:
-    """The file or folder that `name` means, or None where it is the name of a model on a hub.
+    """The file or folder of `name`, or of `package:NAME/PATH` in an installed package; None for a model on a hub.
 
-    `package:NAME/PATH` is a path inside the installed Python package NAME. Raises UserError for a package
-    that is not installed or has no such path, and for what looks like a path but does not exist.
+    Raises UserError for a package that is not installed, and for what looks like a path but does not exist.
     """
     if name.startswith(PACKAGE):
         package, _, inside = name[len(PACKAGE) :].partition("/")
@@ -37,7 +32,7 @@ def local_path(name: str, setting: str) -> Path | None:
                 f"{setting} {name!r} needs the Python package {package.replace('_', '-')!r}: "
                 "install it, or the extra that contains it (pip install 'clip_scratch[compact]')"
             )
-        path = Path(next(iter(spec.submodule_search_locations)), inside)
+        path = Path(spec.submodule_search_locations[0], inside)
     else:
         path = Path(name).expanduser()
         looks_like_path = name.startswith((".", "/", "~")) or path.suffix in {".safetensors", ".pth", ".pt", ".bin"}
@@ -61,11 +56,10 @@ def import_function(name: str, setting: str) -> Callable:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # an import inside the user's module
-        raise UserError(
-            f"{setting} {name!r}: there is no module {module_name}. Is its folder on PYTHONPATH?"
-        ) from error
+        message = f"{setting} {name!r}: there is no module {module_name}. Is its folder on PYTHONPATH?"
+        raise UserError(message) from error
     if not callable(getattr(module, function, None)):
-        raise UserError(f"{setting} {name!r}: {module.__name__} ({module.__file__}) has no function {function}")
+        raise UserError(f"{setting} {name!r}: {module.__file__} has no function {function}")
     return getattr(module, function)
 
 
@@ -76,15 +70,14 @@ def load_pretrained(auto_class, name: str, setting: str, what: str, remedy: str,
         with hub_access(f"{what} {hub_name(name)!r}", remedy):
             return auto_class.from_pretrained(hub_name(name), **options)
     try:
-        with no_loading_bar():
-            return auto_class.from_pretrained(path, local_files_only=True, **options)
+        return auto_class.from_pretrained(path, local_files_only=True, **options)
     except Exception as error:  # transformers, safetensors and torch each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{setting}: transformers cannot load {what} {path}: {reason}") from error
 
 
 def hub_name(name: str) -> str:
-    """The name on the hub of a text encoder that is named by its size here."""
+    """The name on the hub; that of "bert-tiny", say, is longer there."""
     if name not in SMALL_BERTS:
         return name
     layers, hidden = SMALL_BERTS[name]
@@ -104,9 +97,10 @@ def _hub_answers(endpoint: str) -> bool:
 
 @contextlib.contextmanager
 def hub_access(what: str, remedy: str) -> Iterator[None]:
-    """Run a hub look-up that ends within seconds: from the local cache alone where the hub does not answer.
+    """Run a hub look-up; any failure is a UserError with `remedy`.
 
-    Raises UserError with `remedy` where the look-up fails.
+    Without a network the hub libraries retry silently for a minute. Here one short request decides whether the hub is
+    asked at all, or the local cache alone.
     """
     from huggingface_hub import constants
 
@@ -115,24 +109,8 @@ def hub_access(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:  # a missing model, or a library that it needs
-        if offline:
-            reason = f"{constants.ENDPOINT} cannot be reached and nothing is cached here"
-        else:
-            reason = str(error).strip().splitlines()[0]
+        unreachable = f"{constants.ENDPOINT} cannot be reached and nothing is cached here"
+        reason = unreachable if offline else str(error).strip().splitlines()[0]
         raise UserError(f"cannot get {what}: {reason}. {remedy}") from error
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-@contextlib.contextmanager
-def no_loading_bar() -> Iterator[None]:
-    """Without transformers' progress bar, which is gone before anyone can read it where weights are local."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -9,6 +9,7 @@ python -m clip_scratch.prepare cache --older-than 30
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,21 +17,24 @@ import shutil
 import time
 import zipfile
 import zlib
-from http.client import HTTPException, HTTPResponse
-from pathlib import Path, PurePosixPath
+from http.client import HTTPException
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from .errors import UserError, run_command, suggest
-from .files import cache_folder, new_folder, sole_writer, sync_folder
+from .files import cache_folder, new_folder, sole_writer
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 TIMEOUT = 8  # seconds without a byte from the server
-CACHES = ("images-*", "features-*.bin", "precision-*.json", ".*.tmp")  # in the cache folder
+CACHES = {  # in the cache folder
+    "images-*": "images", "features-*.bin": "features of a frozen tower", "precision-*.json": "measured precision",
+    ".*.tmp": "unfinished file",
+}  # fmt: skip
 
 
 def scenes(n: int = 10_000, out: str = "data/scenes", seed: int = 42) -> None:
@@ -45,10 +49,8 @@ def scenes(n: int = 10_000, out: str = "data/scenes", seed: int = 42) -> None:
 
     rate = write_scenes(out, n, seed)
     print(f"{n:,} images and {5 * n:,} captions in {out} ({rate:,.0f} pairs per second)")
-    # Left and right matter in the captions
-    print(
-        f"Train on it:  python -m clip_scratch.train --captions-path {Path(out) / 'captions.txt'} --horizontal-flip 0"
-    )
+    command = f"python -m clip_scratch.train --captions-path {Path(out) / 'captions.txt'}"
+    print(f"Train on it:  {command} --horizontal-flip 0")  # left and right matter in the captions
 
 
 def flickr8k(out: str = "data/flickr8k", url: str = FLICKR8K_URL) -> None:
@@ -62,12 +64,12 @@ def flickr8k(out: str = "data/flickr8k", url: str = FLICKR8K_URL) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "Flickr8k.token.txt").is_file():
-            texts = unzip(_fetched(url, folder / "Flickr8k_text.zip"), folder / ".text", ".txt")
+            texts = unzip(download(f"{url}/Flickr8k_text.zip", folder), folder / ".text", ".txt")
             for text in sorted(texts.iterdir(), key=lambda path: path.name == "Flickr8k.token.txt"):
                 os.replace(text, folder / text.name)  # the captions last: they show that all are there
             texts.rmdir()
         if not (folder / "Images").is_dir():
-            unzip(_fetched(url, folder / "Flickr8k_Dataset.zip"), folder / "Images", ".jpg")
+            unzip(download(f"{url}/Flickr8k_Dataset.zip", folder), folder / "Images", ".jpg")
     except OSError as error:
         raise UserError(f"cannot prepare {folder}: {error}") from error
     check(str(folder), str(folder / "Images"))
@@ -119,45 +121,42 @@ def cache(remove: tuple[str, ...] = (), older_than: float = math.inf, cache_path
 
     try:
         folder = cache_folder(CFG(cache_path=cache_path))
-        names = sorted(path.name for pattern in CACHES for path in folder.glob(pattern))
-        if unknown := set(remove) - set(names):
-            raise UserError(f"{folder} has no cache {min(unknown)}.{suggest(min(unknown), names)}")
-        print(f"{'cache':<26}{'size':>10}{'made':>12}{'used':>12}  content")
-        total = 0.0
-        for name in names:
-            size, made, used, content = _describe_cache(folder / name)
-            gone = name in remove or used >= older_than
+        kinds = {path.name: kind for pattern, kind in CACHES.items() for path in sorted(folder.glob(pattern))}
+        if unknown := set(remove) - set(kinds):
+            raise UserError(f"{folder} has no cache {min(unknown)}.{suggest(min(unknown), kinds)}")
+        print(f"{'cache':<26}{'size':>10}{'used':>14}  content")
+        total = 0
+        for name, kind in kinds.items():
+            path = folder / name
+            size, days, content = _describe_cache(path, kind)
+            gone = name in remove or days >= older_than
             if gone:
-                with sole_writer(folder / name):  # wait for a process that is building it
-                    shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+                with sole_writer(path):  # wait for a process that is building it
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             total += 0 if gone else size
-            days = "".join(f"{days:>7.0f} days" for days in (made, used))
-            print(f"{name:<26}{size / 1e6:>7,.0f} MB{days}  {content}{' (removed)' if gone else ''}")
+            print(f"{name:<26}{size / 1e6:>7,.0f} MB{days:>9.0f} days  {content}{' (removed)' if gone else ''}")
         print(f"total: {total / 1e6:,.0f} MB in {folder}")
     except OSError as error:
         raise UserError(f"cannot read or clear the cache folder: {error}") from error
 
 
-def _describe_cache(path: Path) -> tuple[float, float, float, str]:
-    """Bytes on the disk, days since it was written and since it was last used, and what is in it."""
+def _describe_cache(path: Path, kind: str) -> tuple[int, float, str]:
+    """Bytes, days since it was last written or read, and what is in it."""
     from .data.image_cache import rows_done
 
-    stats = {file.name: file.stat() for file in (path.glob("*") if path.is_dir() else [path])}
-    # Of a partial cache only some blocks are on the disk. Windows does not count blocks.
-    size = sum(stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size for stat in stats.values())
-    written = max((stat.st_mtime for stat in stats.values()), default=time.time())
-    # The small files of all caches are read in every run
-    read = max((stat.st_atime for name, stat in stats.items() if name in ("pixels", path.name)), default=written)
-    made, used = ((time.time() - then) / 86400 for then in (written, max(written, read)))
-    if not path.is_dir():
-        kinds = {".tmp": "unfinished file", ".bin": "features of a frozen tower", ".json": "measured precision"}
-        return size, made, used, kinds[path.suffix]
-    try:
-        record = json.loads((path / "files.json").read_text())
-        done, n = rows_done(path, len(record["names"]), record["side"]).sum(), len(record["names"])
-    except (OSError, ValueError):
-        return size, made, used, "unfinished images"
-    return size, made, used, f"{'' if done == n else f'unfinished, {done:,} of '}{n:,} images of {record['folder']}"
+    stats = {file.name: file.stat() for file in (path.iterdir() if path.is_dir() else [path])}
+    used = [stat.st_mtime for stat in stats.values()]
+    # Every run reads the small files of all image caches
+    used += [stat.st_atime for name, stat in stats.items() if name in ("pixels", path.name)]
+    if path.is_dir():
+        try:
+            record = json.loads((path / "files.json").read_text())
+            done, n = rows_done(path, len(record["names"]), record["side"]).sum(), len(record["names"])
+            kind = f"{'' if done == n else f'unfinished, {done:,} of '}{n:,} images of {record['folder']}"
+        except (OSError, ValueError):
+            kind = "unfinished images"
+    days = (time.time() - max(used, default=time.time())) / 86400
+    return sum(stat.st_size for stat in stats.values()), days, kind
 
 
 def main(args: list[str] | None = None) -> None:
@@ -188,39 +187,28 @@ def summary(table: pd.DataFrame) -> str:
     ])  # fmt: skip
 
 
-def _fetched(url: str, path: Path) -> Path:
-    """`path`, downloaded from `url` unless it is there."""
-    if not path.is_file():
-        download(f"{url.rstrip('/')}/{path.name}", path)
-    return path
-
-
-def download(url: str, path: Path) -> None:
-    """Download `url` to `path`, which appears when it is complete; PATH.part is what has arrived so far.
+def download(url: str, folder: Path) -> Path:
+    """The file of `url` in `folder`, downloaded unless it is there; NAME.part is what has arrived so far.
 
     Raises UserError where the server cannot be reached, refuses, or stops before the end.
     """
-    part = path.with_name(f"{path.name}.part")
+    path = folder / url.rpartition("/")[2]
+    part = folder / f"{path.name}.part"
     by_hand = f"Or put it at {path.absolute()} yourself and run this again"
-    while True:
+    while not path.is_file():
         before = part.stat().st_size if part.exists() else 0
         try:
-            whole = _append(url, part, before)
+            if _append(url, part, before):
+                os.replace(part, path)
+            elif part.stat().st_size <= before:
+                raise UserError(f"{url} stops at byte {before:,}. Run this again to resume it. {by_hand}")
         except HTTPError as error:
             if error.code != 416 or not before:
                 raise UserError(f"{url} cannot be downloaded: {error}. {by_hand}") from error
-            # The server has no more bytes: the file is complete, or it has changed on the server
-            whole = error.headers.get("Content-Range") == f"bytes */{before}"
-            if not whole:
-                part.unlink()
-                continue
+            part.unlink()  # the server has no more bytes: the file has changed there
         except (URLError, HTTPException, ConnectionError, TimeoutError, ValueError) as error:
             raise UserError(f"{url} cannot be reached: {getattr(error, 'reason', error)}. {by_hand}") from error
-        if whole:
-            os.replace(part, path)
-            return sync_folder(path.parent)
-        if part.stat().st_size <= before:
-            raise UserError(f"{url} stops at byte {before:,}. Run this again to resume it. {by_hand}")
+    return path
 
 
 def _append(url: str, part: Path, before: int) -> bool:
@@ -232,41 +220,32 @@ def _append(url: str, part: Path, before: int) -> bool:
         start = before if response.status == 206 else 0  # 200: a server without ranges sends everything again
         length = response.headers.get("Content-Length")
         size = None if length is None else start + int(length)
-        with (
-            open(part, "ab" if start else "wb") as file,
-            tqdm(desc=part.stem, initial=start, total=size, unit="B", unit_scale=True) as bar,
-        ):
-            while block := _read(response):
-                file.write(block)
-                bar.update(len(block))
+        bar = tqdm(desc=part.stem, initial=start, total=size, unit="B", unit_scale=True)
+        with open(part, "ab" if start else "wb") as file, bar:
+            # Where the connection breaks the size shows that the file is not complete
+            with contextlib.suppress(HTTPException, ConnectionError, TimeoutError):
+                while block := response.read(1 << 18):
+                    file.write(block)
+                    bar.update(len(block))
             file.flush()
             os.fsync(file.fileno())
     return size is None or part.stat().st_size == size
 
 
-def _read(response: HTTPResponse) -> bytes:
-    try:
-        return response.read(1 << 18)
-    except (HTTPException, ConnectionError, TimeoutError):
-        return b""  # the connection broke: the size shows that the file is not complete
-
-
 def unzip(archive: Path, folder: Path, suffix: str) -> Path:
-    """Unpack the files of `archive` that end in `suffix`, without its folders, into a new `folder`.
+    """Unpack the files of `archive` that end in `suffix`, without their folders, into a new `folder`.
 
-    Raises UserError, and leaves no folder, where the archive is damaged or has a member that points outside it.
+    Raises UserError, and leaves no folder, where the archive is damaged.
     """
     from tqdm import tqdm
 
     try:
         with zipfile.ZipFile(archive) as zipped, new_folder(folder) as unfinished:
-            paths = {member: PurePosixPath(member.filename.replace("\\", "/")) for member in zipped.infolist()}
-            for path in paths.values():
-                if path.is_absolute() or ".." in path.parts:
-                    raise UserError(f"{archive} is unsafe: it has a file outside its own folder, {path}. Remove it")
-            wanted = [m for m, path in paths.items() if path.suffix == suffix and path.parts[0] != "__MACOSX"]
+            names = {member: Path(member.filename).name for member in zipped.infolist()}
+            # ._x.jpg is what macOS adds for x.jpg
+            wanted = [m for m, name in names.items() if name.endswith(suffix) and not name.startswith(".")]
             for member in tqdm(wanted, desc=archive.name, unit="file"):
-                with zipped.open(member) as source, open(unfinished / paths[member].name, "wb") as target:
+                with zipped.open(member) as source, open(unfinished / names[member], "wb") as target:
                     shutil.copyfileobj(source, target)  # checks the member's checksum at its end
         return folder
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:

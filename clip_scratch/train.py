@@ -33,6 +33,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     from .data.source import open_data
     from .device import keep_freed_memory, out_of_memory_advice, pick_device
     from .evaluation.retrieval import recall_at_k
+    from .models.saved import save_best
     from .retrieval.embed import embed_batches
     from .training import start
     from .training.engine import EpochStats
@@ -65,7 +66,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 is_best = state.end_epoch(metrics)
                 line = epoch_line(state, stats, metrics)
                 if is_best:
-                    run.save_best(state, metrics)
+                    save_best(run.best, measured, progress.epoch, metrics)
                 run.log_epoch(line)
                 run.save_last(state)
                 interrupt.stop_if_asked()

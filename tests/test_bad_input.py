@@ -379,3 +379,12 @@ def test_the_commands_themselves(tmp_path):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_into_a_pipe_that_is_closed(tmp_path):
+    """As `train --help | head -1`."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "clip_scratch.train", "--help"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 0

@@ -174,7 +174,7 @@ def test_weights_cut_short_or_of_another_model(saved, tiny_tokenizer):
 
 def test_a_path_that_is_no_run(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", str(tmp_path / "x/best"), "x" * 300, tmp_path / "nul\0"):
-        for read in (load, checkpoint.best_folder, checkpoint.run_config):
+        for read in (load, checkpoint.run_config):
             with pytest.raises(UserError, match="is not a run folder"):
                 read(path)
 

@@ -465,7 +465,7 @@ def test_a_processor_without_a_size(changed):
 
 def test_another_size_than_the_model_s(hf_clip):
     line = refused(hf_clip(), size=160)
-    assert "size 160" in line and "takes 32 pixels a side" in line and "--size at 0" in line
+    assert "size 160" in line and "takes 32 pixels a side" in line and "--size 0" in line
 
 
 def test_a_tokenizer_too_large_for_the_text_tower(hf_clip, changed):

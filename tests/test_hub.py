@@ -75,7 +75,10 @@ def test_names_by_size():
 
 PRETRAINED = {
     "tokenizer": (lambda: build_tokenizer(CFG(), ["a dog"]), "the tokenizer 'distilbert-base-uncased'"),
-    "tokenizer by size": (lambda: build_tokenizer(CFG(text_encoder_model="bert-tiny")), "the tokenizer 'bert-tiny'"),
+    "tokenizer by size": (
+        lambda: build_tokenizer(CFG(text_encoder_model="bert-tiny")),
+        "the tokenizer 'google/bert_uncased_L-2_H-128_A-2'",
+    ),
     "own tokenizer": (
         lambda: build_tokenizer(CFG(text_tokenizer="me/mine", pretrained=False), ["a"]),
         "the tokenizer 'me/mine'",

@@ -153,16 +153,15 @@ def test_without_room_images_are_decoded(folder, cfg, monkeypatch, capsys):
 
 
 def test_a_partial_cache_gives_its_space_back_when_the_disk_is_full(folder, cfg, monkeypatch, capsys):
-    monkeypatch.setattr(image_cache, "_CHUNK", 4)
-    write_row, written = image_cache._write_row, []
+    allocate = image_cache.allocate
 
-    def until_full(file, row, value):
-        written.append(row)
-        if len(written) > 30:
+    def until_full(path, size):
+        if path.name == "ratios":
+            assert (path.parent / "pixels").stat().st_size
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_row(file, row, value)
+        allocate(path, size)
 
-    monkeypatch.setattr(image_cache, "_write_row", until_full)
+    monkeypatch.setattr(image_cache, "allocate", until_full)
     images = open_images(NAMES, folder, cfg, True)
     assert isinstance(images, ImageFiles) and len(images.read([3])[0]) == 1
     line = capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_names_that_fill_the_best_rows_are_looked_past(model, n):
 
 
 def test_a_prepared_search_gives_the_same(model, rows, names, tiny_data):
-    prepared = ExactSearch(rows, half=True)
+    prepared = ExactSearch(rows)
     shuffled = pd.Series(names, index=range(len(names))[::-1])  # labels that are not positions
     for n in (1, 9, 1000):
         wanted = find_matches(model, rows, QUERIES[0], names, n=n).pairs
@@ -150,7 +150,7 @@ def test_nothing_to_find_and_nothing_asked(model, rows, names, tmp_path):
 
 
 def test_wrong_arguments(model, rows, names):
-    with pytest.raises(UserError, match=f"{len(rows)} image_embeddings, but 3 image_filenames"):
+    with pytest.raises(UserError, match=f"{len(rows)} embeddings do not line up with 3 names"):
         find_matches(model, rows, "red", names[:3])
     with pytest.raises(UserError, match="n is at least 1, not 0"):
         find_matches(model, rows, "red", names, n=0)
@@ -242,7 +242,7 @@ def test_captions_are_distinct_and_scored_by_cosine(model, tiny_data, n):
 def test_captions_of_nothing_and_wrong_arguments(model, tiny_data):
     image = paths(tiny_data, 1)[0]
     assert find_captions(model, image, []) == []
-    with pytest.raises(UserError, match="1 text_embeddings, but 2 captions"):
+    with pytest.raises(UserError, match="1 embeddings do not line up with 2 names"):
         find_captions(model, image, ["a", "b"], text_embeddings=torch.zeros(1, 32))
     with pytest.raises(UserError, match="n is at least 1, not -1"):
         find_captions(model, image, ["a", "b"], n=-1)

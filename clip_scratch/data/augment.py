@@ -95,31 +95,26 @@ def augment_on_device(squares: torch.Tensor, todo: Changes, size: int, bicubic: 
 
     Computed in fp32, also under autocast: bf16 would be up to 3 grey levels off.
     """
-    with torch.autocast(squares.device.type, enabled=False):
-        return _augmented(squares, todo, size, bicubic)
-
-
-def _augmented(squares: torch.Tensor, todo: Changes, size: int, bicubic: bool) -> torch.Tensor:
     side, device = squares.shape[1], squares.device
     boxes = torch.from_numpy(_whole_pixels(todo.boxes, side)).to(device)  # (B, 4)
-    matrices, greys = torch.from_numpy(todo.matrices).to(device), torch.from_numpy(todo.greys).to(device)
-    flips = torch.from_numpy(todo.flips).to(device)[:, None]
+    flips, matrices, greys = (torch.from_numpy(a).to(device) for a in (todo.flips, todo.matrices, todo.greys))
     centres = (torch.arange(size, device=device) + 0.5) / size  # (S,) in the crop
     x, y = (
         # Clamped to the centres of the crop's outer pixels, so that nothing beside the crop is sampled
         (first + (extent * at - 0.5).clamp_min(0).minimum(extent - 1) + 0.5) * 2 / side - 1  # (B, S)
         for first, extent, at in (
-            (boxes[:, :1], boxes[:, 2:3], torch.where(flips, centres.flip(0), centres)),
+            (boxes[:, :1], boxes[:, 2:3], torch.where(flips[:, None], centres.flip(0), centres)),
             (boxes[:, 1:2], boxes[:, 3:], centres.expand(len(squares), size)),
         )
     )
     grid = torch.stack([x[:, None].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=3)  # (B, S, S, 2)
-    pixels = torch.nn.functional.grid_sample(
-        squares.permute(0, 3, 1, 2).float(), grid, "bicubic" if bicubic else "bilinear", "border", align_corners=False
-    )
-    pixels = pixels.permute(0, 2, 3, 1).clamp(0, 255)  # (B, S, S, 3)
-    offsets = greys * (pixels.mean((1, 2)) @ torch.tensor(_GREY, device=device))  # (B,)
-    pixels = torch.einsum("bhwc,bdc->bhwd", pixels, matrices) + offsets[:, None, None, None]
+    mode = "bicubic" if bicubic else "bilinear"
+    with torch.autocast(device.type, enabled=False):
+        pixels = squares.permute(0, 3, 1, 2).float()
+        pixels = torch.nn.functional.grid_sample(pixels, grid, mode, "border", align_corners=False)
+        pixels = pixels.permute(0, 2, 3, 1).clamp(0, 255)  # (B, S, S, 3)
+        offsets = greys * (pixels.mean((1, 2)) @ torch.tensor(_GREY, device=device))  # (B,)
+        pixels = torch.einsum("bhwc,bdc->bhwd", pixels, matrices) + offsets[:, None, None, None]
     return pixels.round_().clamp_(0, 255).byte()
 
 

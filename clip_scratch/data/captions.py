@@ -20,11 +20,10 @@ from .readers import read_file, read_text
 if TYPE_CHECKING:
     from ..config import CFG
 
+# Lists of the images of a split, beside the captions file: an image name per line
 SPLIT_LISTS = {
-    "train": ("*trainImages.txt",),
-    "valid": ("*devImages.txt", "*valImages.txt"),
-    "test": ("*testImages.txt",),
-}
+    "*trainImages.txt": "train", "*devImages.txt": "valid", "*valImages.txt": "valid", "*testImages.txt": "test",
+}  # fmt: skip
 
 
 def read_captions(cfg: CFG) -> pd.DataFrame:
@@ -51,7 +50,6 @@ def read_table(located: Located, cfg: CFG) -> pd.DataFrame:
 
 def make_train_valid_dfs(cfg: CFG) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The training and the validation part of the caption table."""
-    cfg = cfg() if isinstance(cfg, type) else cfg
     table = read_captions(cfg)
     return split_of(table, "train", cfg.captions_path), split_of(table, "valid", cfg.captions_path)
 
@@ -62,11 +60,8 @@ def split_of(table: pd.DataFrame, split: str, source: str) -> pd.DataFrame:
     if rows.empty:
         counts = table.groupby("split")["image"].nunique()
         there = " and ".join(f"{name} ({counts[name]:,} images)" for name in SPLITS if name in counts)
-        fix = {
-            "train": "Set --captions-path to a file with training images.",
-            "valid": "Set --valid-fraction above 0, or --valid-captions-path.",
-            "test": "Set --test-fraction above 0, or --test-captions-path.",
-        }.get(split, f"A split is one of {', '.join(SPLITS)}.")
+        fix = f"Set --{split}-fraction above 0, or --{split}-captions-path."
+        fix = "Set --captions-path to a file with training images." if split == "train" else fix
         name = source or "the built-in data set"
         raise UserError(f"{name} has no images in the split {split!r}; it has {there or 'none'}. {fix}")
     return rows.reset_index(drop=True)
@@ -84,17 +79,12 @@ def plain_words(captions: pd.Series) -> pd.Series:
 
 
 def image_folder(cfg: CFG, table: pd.DataFrame | None = None) -> Path:
-    """The folder that the `image` column is relative to: cfg.image_path, or the one that `open_data` would find.
-
-    With the caption `table` the captions file is not read again.
-    """
+    """The folder of the `image` column: cfg.image_path, or the one that `open_data` would find for this table."""
     cfg = cfg() if isinstance(cfg, type) else cfg
     if cfg.image_path:
         return existing_folder(cfg.image_path)
     located = locate(cfg)
-    if located.images:
-        return located.images
-    return find_images(located, read_table(located, cfg) if table is None else table)
+    return located.images or find_images(located, read_table(located, cfg) if table is None else table)
 
 
 def check_images(
@@ -102,9 +92,8 @@ def check_images(
 ) -> pd.DataFrame:
     """Decode every distinct image; returns the table without images that are missing or cannot be decoded.
 
-    The images in `known` (`image_cache.decoded_before`) are not decoded again. With on_bad_image "error" a bad image
-    raises UserError with their number and the first ten with file and row; with "skip" this is printed and their rows
-    are left out. If all images are missing it is an error in both cases: the folder is wrong.
+    The images in `known` are not decoded again. With on_bad_image "error" bad images raise UserError with their number
+    and the first ten with file and row; with "skip" this is printed. If all are missing, the folder is wrong: an error.
     """
     from tqdm import tqdm
 
@@ -124,11 +113,11 @@ def check_images(
         return table
     shown = [f"  {row.image} ({row.file}, row {row.row}): {row.fault}" for row in bad.head(10).itertuples()]
     shown += [f"  and {len(bad) - 10:,} more"] if len(bad) > 10 else []
-    count = f"{len(bad):,} of {len(firsts):,} images in {folder}"
-    report = "\n".join([f"{count} are missing or cannot be decoded:", *shown])
+    count = f"{len(bad):,} of {len(firsts):,} images in {folder} are missing or cannot be decoded:"
+    report = "\n".join([count, *shown])
     if on_bad_image == "error" or len(bad) == len(firsts):
         raise UserError(f"{report}\nRepair them, or leave them out with --on-bad-image skip.")
-    _note(f"{report}\nThey are left out.")
+    print(f"{report}\nThey are left out.", file=sys.stderr)
     return table[~table["image"].isin(bad["image"])].reset_index(drop=True)
 
 
@@ -146,10 +135,6 @@ def _fault(path: Path) -> str | None:
 # ---- cleaning and splits
 
 
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _clean(table: pd.DataFrame) -> pd.DataFrame:
     """The table without rows that have no caption or image, which are counted, and without repeated rows."""
     empty = (table["caption"] == "") | (table["image"] == "")
@@ -158,7 +143,7 @@ def _clean(table: pd.DataFrame) -> pd.DataFrame:
         where = f"{first['file']}, row {first['row']}"
         if empty.all():
             raise UserError(f"{where} and all other rows have no image or no caption.")
-        _note(f"Left out {empty.sum():,} rows with no image or no caption (the first: {where}).")
+        print(f"Left out {empty.sum():,} rows with no image or no caption (the first: {where}).", file=sys.stderr)
     # The same caption in two splits stays twice, so that _split refuses it
     return table[~empty].drop_duplicates([name for name in ("image", "caption", "split") if name in table])
 
@@ -168,20 +153,22 @@ def _split(table: pd.DataFrame, path: Path, cfg: CFG) -> pd.DataFrame:
     if "split" in table:
         table = table.assign(split=_column_splits(table))
     else:
-        listed = _listed(table["image"], _published_lists(path.parent))
+        lists = _published_lists(path.parent)
+        listed = table["image"].map(lambda name: lists.get(name, lists.get(PurePosixPath(name).name)))
         if listed.isna().all():  # no lists, or those of another data set
             return _seeded(table, cfg.valid_fraction, cfg.test_fraction, cfg.seed)
         if listed.isna().any():
-            left_out = table["image"][listed.isna()].nunique()
-            _note(f"Left out {left_out:,} images of {path.name} that are in none of its published splits.")
+            out = table["image"][listed.isna()].nunique()
+            print(f"Left out {out:,} images of {path.name} that are in none of its published splits.", file=sys.stderr)
         table = table.assign(split=listed)[listed.notna()]
 
     there = set(table["split"])
     if "train" in there and "valid" not in there and cfg.valid_fraction:
         rest, train = table[table["split"] != "train"], table[table["split"] == "train"]
         train = _seeded(train, cfg.valid_fraction, 0 if "test" in there else cfg.test_fraction, cfg.seed)
-        _note(f"{path.name} has no validation split: {cfg.valid_fraction:.0%} of its training images are set aside.")
         table = pd.concat([train, rest]).sort_index()
+        share = f"{cfg.valid_fraction:.0%} of its training images are set aside"
+        print(f"{path.name} has no validation split: {share}.", file=sys.stderr)
     return table
 
 
@@ -190,10 +177,8 @@ def _column_splits(table: pd.DataFrame) -> pd.Series:
     given = table["split"].fillna("").astype(str).str.strip()
     splits = given.map(lambda name: SPLIT_OF_NAME.get(name.lower()))
     if splits.isna().any():
-        bad = table[splits.isna()].iloc[0]
-        name = given[splits.isna()].iloc[0]
-        known = ", ".join(SPLIT_OF_NAME)
-        raise UserError(f"{bad['file']}, row {bad['row']}: unknown split {name!r}. A split is one of {known}.")
+        bad, known = table.assign(split=given)[splits.isna()].iloc[0], ", ".join(SPLIT_OF_NAME)
+        raise UserError(f"{bad['file']}, row {bad['row']}: unknown split {bad['split']!r}. A split is one of {known}.")
     firsts = table.assign(split=splits).drop_duplicates(["image", "split"])
     twice = firsts[firsts.duplicated("image", keep=False)]
     if not twice.empty:
@@ -206,20 +191,14 @@ def _column_splits(table: pd.DataFrame) -> pd.Series:
 
 
 def _published_lists(folder: Path) -> dict[str, str]:
-    """image -> split from lists such as Flickr_8k.trainImages.txt in a folder: an image name per line."""
+    """image -> split from lists such as Flickr_8k.trainImages.txt in a folder."""
     splits: dict[str, str] = {}
-    for split, patterns in SPLIT_LISTS.items():
-        for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
-            for name in read_text(file).split("\n"):
-                name = name.strip()
-                if name and splits.setdefault(name, split) != split:
+    for pattern, split in SPLIT_LISTS.items():
+        for file in sorted(folder.glob(pattern)):
+            for name in filter(None, map(str.strip, read_text(file).split("\n"))):
+                if splits.setdefault(name, split) != split:
                     raise UserError(f"{file} lists {name}, which is in the {splits[name]} list too.")
     return splits
-
-
-def _listed(images: pd.Series, lists: dict[str, str]) -> pd.Series:
-    """The split of each image in the lists, by its path or its file name; NaN for the others."""
-    return images.map(lambda name: lists.get(name, lists.get(PurePosixPath(name).name)))
 
 
 def _seeded(table: pd.DataFrame, valid_fraction: float, test_fraction: float, seed: int) -> pd.DataFrame:

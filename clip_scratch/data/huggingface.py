@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +14,21 @@ from huggingface_hub import constants
 from ..errors import UserError
 from ..files import new_folder, sole_writer, write_json
 from ..hub import hub_access
-from .readers import IMAGE_NAMES, LABEL_NAMES, caption_columns, find_column, missing_column
+from .readers import Columns, find_columns
 
 if TYPE_CHECKING:
     from ..config import CFG
 
 CAPTIONS, SOURCE = "huggingface-captions.jsonl", "huggingface-source.json"
-SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 
 
 def export(source: Path | str, cfg: CFG) -> Path:
     """The captions file (JSON Lines) of a data set whose images are written beside it, once.
 
     `source` is an existing folder or file (save_to_disk, imagefolder, parquet) or a name on the hub. The images go to
-    cfg.image_path, or to data/NAME-images (data/OWNER--NAME for the hub) in the current directory; an earlier export
-    there is replaced where the source or the columns have changed. Raises UserError without the `datasets` library,
-    without a network for a data set that only the hub has, and for one without an image or a text column.
+    cfg.image_path, or to data/NAME-images (data/OWNER--NAME for the hub) in the current directory. Raises UserError
+    where that holds anything else, without the `datasets` library, without a network for a data set that only the hub
+    has, and for one without an image or a text column.
     """
     local = isinstance(source, Path)
     name = f"{source.absolute().stem}-images" if local else source.replace("/", "--")
@@ -40,18 +38,14 @@ def export(source: Path | str, cfg: CFG) -> Path:
         "modified": max(file.stat().st_mtime for file in [source, *source.rglob("*")]) if local else 0,
         "columns": [cfg.image_column, cfg.caption_column, cfg.label_column],
     }
-    if _is_made_from(folder, made_from):
-        return folder / CAPTIONS
-    splits = _load(source)  # before anything is written: a data set that is not available leaves no folder
-    columns = {split: _columns(dataset, str(source), cfg) for split, dataset in splits.items()}
-    try:
-        with sole_writer(folder):  # the processes of a distributed run come here together
-            if not _is_made_from(folder, made_from):
-                if _other_files(folder):
-                    raise UserError(f"{folder} has other files in it. Set --image-path to a new folder for {source}.")
-                _write(splits, columns, folder, made_from)
-    except OSError as error:
-        raise UserError(f"cannot write the images of {source} to {folder}: {error}. Set --image-path.") from error
+    if not _is_made_from(folder, made_from):
+        splits = _load(source)  # before anything is written: a data set that is not available leaves no folder
+        try:
+            with sole_writer(folder):  # the processes of a distributed run come here together
+                if not _is_made_from(folder, made_from):
+                    _write(splits, str(source), cfg, folder, made_from)
+        except OSError as error:
+            raise UserError(f"cannot write the images of {source} to {folder}: {error}. Set --image-path.") from error
     return folder / CAPTIONS
 
 
@@ -60,16 +54,6 @@ def _is_made_from(folder: Path, made_from: dict) -> bool:
         return json.loads((folder / SOURCE).read_text(encoding="utf-8")) == made_from
     except (OSError, ValueError):
         return False
-
-
-def _other_files(folder: Path) -> set[str]:
-    """The names in `folder` that are not of an earlier export."""
-    if not folder.is_dir():
-        return set()
-    written = {CAPTIONS, SOURCE}
-    if (folder / SOURCE).is_file():
-        written |= {json.loads(line)["image"] for line in (folder / CAPTIONS).read_text(encoding="utf-8").splitlines()}
-    return set(os.listdir(folder)) - written
 
 
 def _load(source: Path | str) -> dict:
@@ -101,58 +85,38 @@ def _load(source: Path | str) -> dict:
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
-def _write(splits: dict, columns: dict, folder: Path, made_from: dict) -> None:
+def _write(splits: dict, source: str, cfg: CFG, folder: Path, made_from: dict) -> None:
     """Write the folder: each distinct image once, and a line of the captions file for each record."""
     import datasets
     from tqdm import tqdm
 
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} has other files in it. Remove it, or set --image-path to a new folder for {source}.")
     with new_folder(folder) as unfinished, open(unfinished / CAPTIONS, "w", encoding="utf-8") as out:
         files = _ImageFiles(unfinished)
         for split, dataset in splits.items():
-            image, captions, label = columns[split]
-            own_split = find_column(dataset.column_names, "", ("split",))
-            wanted = [name for name in (image, *captions, label, own_split) if name]
+            of_type = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+            columns = Columns(cfg.image_column or next(iter(of_type), ""), cfg.caption_column, cfg.label_column)
+            image, captions, own_split, label = find_columns(source, dataset.column_names, columns)
             labels = dataset.features[label] if label else None
+            wanted = [name for name in (image, *captions, label, own_split) if name]
             # The encoded files: images.py decodes
             dataset = dataset.select_columns(wanted).cast_column(image, datasets.Image(decode=False))
             for index, record in enumerate(tqdm(dataset, f"Writing {split} images", unit=" images", leave=False)):
+                texts = [record[name] for name in captions]
                 line = {
-                    "image": files.add(record[image], f"{split}-{index:06d}"),
-                    "caption": [text for name in captions for text in _as_list(record[name])],
+                    "image": files.add(record[image] or {}, f"{split}-{index:06d}"),
+                    "caption": [text for value in texts for text in (value if isinstance(value, list) else [value])],
                 }
                 if label:
-                    value = record[label]
-                    named = isinstance(labels, datasets.ClassLabel) and value is not None
-                    line["label"] = labels.int2str(value) if named else value
+                    named = isinstance(labels, datasets.ClassLabel) and record[label] is not None
+                    line["label"] = labels.int2str(record[label]) if named else record[label]
                 if own_split or len(splits) > 1:  # a data set with a single part is not split yet
                     line["split"] = record[own_split] if own_split else split
                 out.write(json.dumps(line) + "\n")
         out.flush()
         os.fsync(out.fileno())
         write_json(unfinished / SOURCE, made_from)
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier export
-
-
-def _columns(dataset, source: str, cfg: CFG) -> tuple[str, list[str], str | None]:
-    """The image column (the first of the type Image, or by its name), the caption columns and the label column."""
-    import datasets
-
-    names = dataset.column_names
-    of_type = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    image = find_column(names, cfg.image_column or next(iter(of_type), ""), IMAGE_NAMES)
-    captions = caption_columns(names, cfg.caption_column)
-    label = find_column(names, cfg.label_column, LABEL_NAMES)
-    if not image:
-        raise missing_column(source, names, cfg.image_column, "image")
-    if not captions:
-        raise missing_column(source, names, cfg.caption_column, "caption")
-    if cfg.label_column and not label:
-        raise missing_column(source, names, cfg.label_column, "label")
-    return image, captions, label
-
-
-def _as_list(value: object) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 class _ImageFiles:
@@ -163,9 +127,10 @@ class _ImageFiles:
         self.name_of: dict[bytes, str] = {}  # digest of the bytes -> file name
         self.names: set[str] = set()  # in lower case: Windows and macOS do not distinguish case
 
-    def add(self, image: dict | None, fallback: str) -> str:
+    def add(self, image: dict, fallback: str) -> str:
         """The file name of an image `{"bytes": ..., "path": ...}`, which is written if it is new."""
-        image = image or {}
+        from PIL import Image
+
         path = Path(image.get("path") or "")
         raw = image.get("bytes") or (path.read_bytes() if path.is_file() else b"")
         if not raw:
@@ -174,17 +139,12 @@ class _ImageFiles:
         if digest not in self.name_of:
             name = path.name
             if not name or name.lower() in self.names:
-                name = fallback + _suffix(raw)
+                try:
+                    suffix = Image.open(io.BytesIO(raw)).format.lower().replace("jpeg", "jpg")
+                except OSError:
+                    suffix = "image"
+                name = f"{fallback}.{suffix}"
             (self.folder / name).write_bytes(raw)
             self.name_of[digest] = name
             self.names.add(name.lower())
         return self.name_of[digest]
-
-
-def _suffix(raw: bytes) -> str:
-    from PIL import Image
-
-    try:
-        return SUFFIXES.get(Image.open(io.BytesIO(raw)).format, ".image")
-    except OSError:
-        return ".image"

@@ -9,23 +9,20 @@ in memory as long as there is room.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
 
-from ..files import cache_folder, check_room, sole_writer
+from ..files import allocate, cache_folder, check_room, sole_writer
 from .images import image_prefix, load_image, prefix_side, reading
 
 if TYPE_CHECKING:
@@ -41,25 +38,16 @@ class ImageFiles:
     def __init__(self, names: Sequence[str], folder: Path, cfg: CFG, train: bool):
         self.paths = [os.path.join(folder, name) for name in names]
         self.side = prefix_side(cfg, train, self.paths)
-        self._prefix = functools.partial(image_prefix, cfg, train, self.side)
-        self._local = threading.local()
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_local"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _local=threading.local())
+        self._prefix = image_prefix(cfg, train, self.side)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def decode(self, number: int) -> tuple[np.ndarray, float]:
         """An image's square (M, M, 3), and the image's width / height. Raises UserError for a corrupt image."""
-        if not hasattr(self._local, "prefix"):  # a pipeline has state: each thread needs its own
-            self._local.prefix = self._prefix()
         with reading(self.paths[number]):
             image = load_image(self.paths[number])
-            return self._local.prefix(image=image)["image"], image.shape[1] / image.shape[0]
+            return self._prefix(image), image.shape[1] / image.shape[0]
 
     def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
         """The squares (M, M, 3) of B images, and their ratios (B,) of width to height."""
@@ -92,7 +80,8 @@ def open_images(names: Sequence[str], folder: Path, cfg: CFG, train: bool) -> Im
     files = ImageFiles(names, folder, cfg, train)
     if not cfg.image_cache:
         return files
-    record = _record(names, files.paths, folder, files.side)
+    stamps = [_stamp(path) for path in files.paths]
+    record = {"folder": os.path.abspath(folder), "side": files.side, "names": list(names), "stamps": stamps}
     try:
         cache = cache_folder(cfg) / f"images-{_key(record, cfg, train)}"
         if not rows_done(cache, len(files), files.side).all():
@@ -100,8 +89,8 @@ def open_images(names: Sequence[str], folder: Path, cfg: CFG, train: bool) -> Im
                 _build(cache, files, record)
         return ImageCache(cache, len(files), files.side)
     except OSError as error:
-        print(f"no image cache ({error}): images are decoded in every step. Set --cache-path to a folder with room.",
-              file=sys.stderr)  # fmt: skip
+        fix = "images are decoded in every step. Set --cache-path to a folder with room."
+        print(f"no image cache ({error}): {fix}", file=sys.stderr)
         return files
 
 
@@ -126,13 +115,14 @@ def decoded_before(folder: Path, cfg: CFG) -> set[str]:
 
 def rows_done(cache: Path, n: int, side: int) -> np.ndarray:
     """Which of a cache's `n` rows are on the disk, (N,) bool; none where a file is missing or has another size."""
-    sizes = {"pixels": 3 * n * side**2, "ratios": 4 * n, "done": n}
-    if all(os.path.isfile(cache / name) and os.path.getsize(cache / name) == size for name, size in sizes.items()):
+    files = [(cache / name, size) for name, size in _sizes(n, side).items()]
+    if all(os.path.isfile(file) and os.path.getsize(file) == size for file, size in files):
         return np.fromfile(cache / "done", bool)
     return np.zeros(n, bool)
 
 
-# ---- which cache
+def _sizes(n: int, side: int) -> dict[str, int]:
+    return {"pixels": 3 * n * side**2, "ratios": 4 * n, "done": n}
 
 
 def _stamp(path: str) -> list[int] | None:
@@ -144,43 +134,27 @@ def _stamp(path: str) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _record(names: Sequence[str], paths: Sequence[str], folder: Path, side: int) -> dict:
-    """The content of files.json."""
-    stamps = [_stamp(path) for path in paths]
-    return {"folder": os.path.abspath(folder), "side": side, "names": list(names), "stamps": stamps}
-
-
 def _key(record: dict, cfg: CFG, train: bool) -> str:
     """A hash of all that determines the pixels: the files, the settings and the libraries that resize."""
+    import cv2
+
     crops = train and cfg.crop_scale < 1
     geometry = (cfg.interpolation, *(() if crops else (cfg.size, cfg.resize)))
-    versions = PIL.__version__, *map(_version, ("albumentations", "opencv-python", "opencv-python-headless"))
-    content = json.dumps([_FORMAT, record, crops, geometry, versions])
+    content = json.dumps([_FORMAT, record, crops, geometry, PIL.__version__, cv2.__version__])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-# ---- building
 
 
 def _build(cache: Path, files: ImageFiles, record: dict) -> None:
     """Build a cache, or complete it. Raises OSError where there is no room, and removes the unfinished cache."""
-    n, row_size = len(files), 3 * files.side**2
-    rows = np.flatnonzero(~rows_done(cache, n, files.side))
+    sizes = _sizes(len(files), files.side)
+    rows = np.flatnonzero(~rows_done(cache, len(files), files.side))
     try:
-        check_room(cache.parent, len(rows) * row_size, f"{n:,} images", "--no-image-cache")
-        if len(rows) == n:
+        if len(rows) == len(files):
+            check_room(cache.parent, sizes["pixels"], f"{len(files):,} images", "--no-image-cache")
             cache.mkdir(exist_ok=True)
             (cache / "files.json").write_text(json.dumps(record))
-            for name, size in (("pixels", n * row_size), ("ratios", 4 * n), ("done", n)):
-                with open(cache / name, "wb") as file:
-                    file.truncate(size)
+            for name, size in sizes.items():
+                allocate(cache / name, size)
         if len(rows):  # else another process has completed it meanwhile
             _write_rows(cache, files, rows)
     except OSError:
@@ -189,45 +163,24 @@ def _build(cache: Path, files: ImageFiles, record: dict) -> None:
 
 
 def _write_rows(cache: Path, files: ImageFiles, rows: np.ndarray) -> None:
+    """Decode these rows; while a chunk of them is written the next one is decoded."""
     from tqdm import tqdm
 
-    with (
-        open(cache / "pixels", "rb+") as pixels,
-        open(cache / "ratios", "rb+") as ratios,
-        open(cache / "done", "rb+") as done,
-        tqdm(total=len(rows), desc="Caching images", unit=" images", leave=False) as bar,
-    ):
-        for chunk in _decoded(files, rows):
-            for row, (square, ratio) in chunk:
-                _write_row(pixels, row, square)
-                _write_row(ratios, row, np.float32(ratio))
-            _sync(pixels)
-            _sync(ratios)
-            for row, _ in chunk:  # only now: a row that is recorded as done is on the disk, even after a power failure
-                _write_row(done, row, np.True_)
-            _sync(done)
-            bar.update(len(chunk))
-
-
-def _decoded(files: ImageFiles, rows: np.ndarray) -> Iterator[list[tuple[int, tuple[np.ndarray, float]]]]:
-    """The rows in chunks; while one is written the next one is decoded."""
+    pixels = np.memmap(cache / "pixels", np.uint8, "r+", shape=(len(files), files.side, files.side, 3))
+    ratios, done = np.memmap(cache / "ratios", np.float32, "r+"), np.memmap(cache / "done", bool, "r+")
     pool = ThreadPoolExecutor(os.cpu_count() or 1)  # decoders release the GIL
+    chunks = np.split(rows, range(_CHUNK, len(rows), _CHUNK))
     try:
-        started: list[list[tuple[int, Future]]] = []
-        for chunk in np.split(rows, range(_CHUNK, len(rows), _CHUNK)):
-            started.append([(int(row), pool.submit(files.decode, row)) for row in chunk])
-            if len(started) > 1:
-                yield [(row, future.result()) for row, future in started.pop(0)]
-        yield [(row, future.result()) for row, future in started.pop(0)]
+        with tqdm(total=len(rows), desc="Caching images", unit=" images", leave=False) as bar:
+            ahead = pool.map(files.decode, chunks[0])
+            for k, chunk in enumerate(chunks):
+                decoded, ahead = ahead, pool.map(files.decode, chunks[k + 1] if k + 1 < len(chunks) else ())
+                for row, (square, ratio) in zip(chunk, decoded, strict=True):
+                    pixels[row], ratios[row] = square, ratio
+                    bar.update()
+                pixels.flush()
+                ratios.flush()
+                done[chunk] = True  # only now: what is recorded as done is on the disk, even after a power failure
+                done.flush()
     finally:
         pool.shutdown(cancel_futures=True)  # after a corrupt image, or Ctrl-C
-
-
-def _write_row(file, row: int, value: np.ndarray | np.generic) -> None:
-    file.seek(row * value.nbytes)
-    file.write(value.tobytes())
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())

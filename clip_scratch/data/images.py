@@ -7,9 +7,8 @@ recolours its squares. `image_transform` is both in one pipeline, for one image 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",
 }  # fmt: skip
-# Bytes 4 to 12 of a HEIF file (ISO/IEC 23008-12)
-_HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
-
 # albumentations asks the network for a newer release when it is imported
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -54,8 +50,8 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     """An image file, PIL image or array as RGB uint8, (H, W, 3).
 
     EXIF orientation is applied; greyscale, palette and CMYK images become RGB; transparent pixels become white.
-    Greyscale values of more than 8 bits are scaled as in `_to_8_bits`. A truncated or corrupt file raises OSError (or
-    ValueError or SyntaxError, as PIL does); a HEIC file without its library raises UserError.
+    Greyscale values of more than 8 bits are scaled as in `_to_8_bits`. A corrupt file raises OSError (or ValueError or
+    SyntaxError, as PIL does); a HEIC file without its library raises UserError.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
@@ -78,7 +74,7 @@ def _open(path: str | Path) -> Image.Image:
         return Image.open(path)
     except UnidentifiedImageError:
         with open(path, "rb") as file:
-            if file.read(12)[4:] not in _HEIF_BRANDS:
+            if file.read(8)[4:] != b"ftyp":  # HEIF (ISO/IEC 23008-12)
                 raise
     try:
         import pillow_heif
@@ -112,37 +108,28 @@ def image_transform(cfg: CFG, train: bool):
     import albumentations as A
     import cv2
 
-    if not train:
-        return A.Compose([*_evaluation_geometry(cfg), A.ToTensorV2()])
-    if cfg.crop_scale < 1:
+    steps = [A.Lambda(image=image_prefix(cfg, False, cfg.size))]
+    if train and cfg.crop_scale < 1:
         interpolation = cv2.INTER_CUBIC if cfg.interpolation == "bicubic" else cv2.INTER_LINEAR
-        steps = [
-            A.RandomResizedCrop(
-                (cfg.size, cfg.size), (cfg.crop_scale, 1.0), interpolation=interpolation, area_for_downscale="image"
-            )
-        ]
-    else:
-        steps = _evaluation_geometry(cfg)
-    if cfg.horizontal_flip:
+        area = (cfg.crop_scale, 1.0)
+        steps = [A.RandomResizedCrop((cfg.size,) * 2, area, interpolation=interpolation, area_for_downscale="image")]
+    if train and cfg.horizontal_flip:
         steps.append(A.HorizontalFlip(p=cfg.horizontal_flip))
-    if cfg.color_jitter or cfg.hue_jitter:
+    if train and (cfg.color_jitter or cfg.hue_jitter):
         around = (1 - cfg.color_jitter, 1 + cfg.color_jitter)
         hue = (-cfg.hue_jitter, cfg.hue_jitter)
         steps.append(A.ColorJitter(brightness=around, contrast=around, saturation=around, hue=hue, p=0.8))
     return A.Compose([*steps, A.ToTensorV2()])
 
 
-def image_prefix(cfg: CFG, train: bool, side: int):
-    """The part that is the same in every epoch: `prefix(image=array)["image"]` is a uint8 square (side, side, 3).
+def image_prefix(cfg: CFG, train: bool, side: int) -> Callable[[np.ndarray], np.ndarray]:
+    """What is the same in every epoch: a function from RGB uint8 (H, W, 3) to the square (side, side, 3).
 
     `side` comes from `prefix_side`. Evaluation, and training without a random crop: the square that the model sees.
     Training with one: the whole image stretched, since a crop of the stretched square is a crop of the image.
     """
-    import albumentations as A
-
-    if train and cfg.crop_scale < 1:
-        cfg = dataclasses.replace(cfg, size=side, resize="stretch")
-    return A.Compose(_evaluation_geometry(cfg))
+    short = 0 if train and cfg.crop_scale < 1 else shorter_side(cfg)
+    return partial(_square, size=side, short=short, interpolation=cfg.interpolation)
 
 
 def prefix_side(cfg: CFG, train: bool, paths: Sequence[str | Path]) -> int:
@@ -177,37 +164,30 @@ def fault_of(path: str | Path, error: Exception) -> str:
     return f"cannot be decoded ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
 
 
-def _evaluation_geometry(cfg: CFG) -> list:
-    """The transforms that make the square for evaluation.
-
-    Bilinear and bicubic are PIL's, as in the preprocessing of pretrained CLIPs: they average when they downscale.
-    OpenCV's filters of these names do not; of its filters only "area" does.
-    """
-    import albumentations as A
-
-    short = shorter_side(cfg)
-    if cfg.interpolation != "area":
-        sides = {"size": cfg.size, "short": short}
-        return [A.Lambda(image=partial(_resize_as_pil, interpolation=cfg.interpolation, **sides))]
-    if short:
-        return [A.SmallestMaxSize(short, area_for_downscale="image"), A.CenterCrop(cfg.size, cfg.size)]
-    return [A.Resize(cfg.size, cfg.size, area_for_downscale="image")]
-
-
 def shorter_side(cfg: CFG) -> int:
     """The size of an evaluation image's shorter side before the centre is cropped; 0 without a crop."""
     word, _, pixels = cfg.resize.partition(":")
     return int(pixels or cfg.size) if word == "crop" else 0
 
 
-def _resize_as_pil(image: np.ndarray, size: int, short: int, interpolation: str, **_: object) -> np.ndarray:
-    """RGB uint8 (H, W, 3) -> (size, size, 3), by the arithmetic of transformers' image processors.
+def _square(image: np.ndarray, size: int, short: int, interpolation: str, **_: object) -> np.ndarray:
+    """RGB uint8 (H, W, 3) -> (size, size, 3): the shorter side becomes `short` pixels and the centre is cropped.
 
-    The shorter side becomes `short` pixels and the centre is cropped; 0 stretches the whole image.
+    With `short` 0 the whole image is stretched. Bilinear and bicubic are PIL's, by the arithmetic of transformers'
+    image processors: they average when they downscale. OpenCV's filters of these names do not; only its "area" does.
     """
+    import cv2
+
     height, width = image.shape[:2]
-    least = min(height, width)
-    wide, high = (short * width // least, short * height // least) if short else (size, size)
-    resized = Image.fromarray(image).resize((wide, high), Image.Resampling[interpolation.upper()])
+    least, wide, high = min(height, width), size, size
+    if interpolation == "area":
+        if short:
+            wide, high = round(width * (short / least)), round(height * (short / least))
+        method = cv2.INTER_AREA if wide < width or high < height else cv2.INTER_LINEAR
+        resized = cv2.resize(image, (wide, high), interpolation=method)
+    else:
+        if short:
+            wide, high = short * width // least, short * height // least
+        resized = np.array(Image.fromarray(image).resize((wide, high), Image.Resampling[interpolation.upper()]))
     left, top = (wide - size) // 2, (high - size) // 2
-    return np.array(resized.crop((left, top, left + size, top + size)))
+    return resized[top : top + size, left : left + size]

@@ -39,19 +39,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches with their tensors on `device`; for a GPU a thread makes and copies the next one meanwhile."""
     if device.type == "cpu":  # there the two would only compete for cores
-        return iter(batches)
-    return _prefetched(iter(batches), device)
-
-
-def _prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+        yield from batches
+        return
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    remaining = iter(batches)
 
     def copied() -> Batch | None:
-        batch = next(batches, None)
+        batch = next(remaining, None)
         if batch is None or stream is None:
             return batch and to_device(batch, device)
+        on_cpu = {k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
         with torch.cuda.stream(stream):  # so that the copy does not wait for the training step
-            return to_device({k: v.pin_memory() if _is_on_cpu(v) else v for k, v in batch.items()}, device)
+            return to_device({k: v.pin_memory() if k in on_cpu else v for k, v in batch.items()}, device)
 
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(copied)
@@ -66,16 +65,11 @@ def _prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batc
             yield batch
 
 
-def _is_on_cpu(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_pinned()
-
-
 class CaptionedImages(Dataset):
     """The distinct images of a caption table, each with the rows of its captions.
 
-    An item is a batch; its key is [(epoch, image number), ...], all of one epoch. The same pair always gives the same
-    pixels and captions, whatever else is in the batch. With a `transform` images are decoded and transformed one by
-    one; without, they come as squares from the cache and are augmented together.
+    An item is a batch; its key is [(epoch, image number), ...], all of one epoch. With a `transform` images are decoded
+    and transformed one by one; without, they come as squares from the cache and are augmented together.
     """
 
     def __init__(
@@ -120,7 +114,7 @@ class CaptionedImages(Dataset):
         captions, counts = self.captions_of(epoch, numbers)
         batch = self.ids(numbers, captions, counts)
         if self.image_features is None:
-            batch["pixel_values"] = self.pixels(epoch, numbers)  # (B, 3, S, S)
+            batch["pixel_values"] = self.pixels(epoch, numbers)
         else:
             view = self.image_features[epoch % len(self.image_features)]
             batch["image_features"] = view.index_select(0, torch.tensor(numbers))  # (B, D)
@@ -131,7 +125,7 @@ class CaptionedImages(Dataset):
         return batch
 
     def pixels(self, epoch: int, numbers: Sequence[int]) -> torch.Tensor:
-        """The images for training or evaluation in `epoch`: uint8 (B, 3, S, S), channels last."""
+        """The images in `epoch`: uint8 (B, 3, S, S), channels last."""
         if self.transform is not None:
             return torch.stack([self._transformed(epoch, number) for number in numbers])
         return self._from_squares(epoch, numbers, self.device.type != "cpu").permute(0, 3, 1, 2)
@@ -165,8 +159,8 @@ class CaptionedImages(Dataset):
     def captions_of(self, epoch: int, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The caption rows (C,) of B images in `epoch`, and how many each image has (B,).
 
-        An image's captions take turns over the epochs, and images start at different ones: the fifth captions of a
-        data set often differ in kind from the first, and every epoch should have some of each.
+        An image's captions take turns over the epochs. Images start at different ones, as the fifth captions of a data
+        set often differ in kind from the first.
         """
         numbers = np.asarray(numbers)
         own = self.counts[numbers]
@@ -180,8 +174,7 @@ class CaptionedImages(Dataset):
         """One image through the caller's pipeline: uint8 (3, S, S)."""
         if self.seed is not None:
             self.transform.set_random_seed(int(np.random.SeedSequence((self.seed, epoch, number)).generate_state(1)[0]))
-        path = self.folder / self.names[number]
-        with reading(path):
+        with reading(path := self.folder / self.names[number]):
             image = load_image(path)
         return self.transform(image=image)["image"]
 
@@ -202,10 +195,9 @@ class EpochBatches(Sampler):
         return self.n // self.batch_size if self.seed is not None else -(-self.n // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        if self.seed is None:
-            order = np.arange(self.n)
-        else:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+        order = np.arange(self.n)
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
         for k in range(self.skip, len(self) if self.stop is None else min(len(self), self.stop)):
             yield [(self.epoch, int(i)) for i in order[k * self.batch_size : (k + 1) * self.batch_size]]
         self.start(self.epoch + 1)
@@ -224,21 +216,15 @@ class Loader(DataLoader):
             data,
             sampler=self.batches,
             batch_size=None,  # an item of the data is a batch
-            collate_fn=_as_it_is,
             num_workers=num_workers if data.decodes else 0,
             worker_init_fn=_ignore_ctrl_c,
             generator=torch.Generator(),  # each start would draw from the global one, and a resumed run would differ
-            pin_memory=torch.cuda.is_available() and data.device.type == "cpu",
         )
 
     def start(self, epoch: int, skip: int = 0, stop: int | None = None) -> Loader:
-        """Set the next pass to the batches `skip` up to `stop` of `epoch`; each pass after it is the next epoch."""
+        """`EpochBatches.start`; returns the loader."""
         self.batches.start(epoch, skip, stop)
         return self
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _ignore_ctrl_c(_: int) -> None:
@@ -256,8 +242,7 @@ def build_loaders(
     "valid": in order, not augmented, every caption.
 
     A `transform`, any albumentations pipeline from an RGB array (H, W, 3) to a uint8 tensor (3, S, S), replaces the
-    cache and the batched augmentation; it is slower. On a CUDA `device` cached images are augmented there; the rest of
-    a batch is made on the CPU.
+    cache and the batched augmentation; it is slower. On a CUDA `device` cached images are augmented there.
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
     data = CaptionedImages(table, tokenizer, mode == "train", cfg, transform, device)

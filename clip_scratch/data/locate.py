@@ -52,19 +52,19 @@ def locate(cfg: CFG) -> Located:
 
         captions, images = ensure_scenes(cfg)
         return Located({"": captions}, "table", Columns(), images)
-    path = _checked(cfg.captions_path)
+    path = Path(os.path.expanduser(cfg.captions_path))
     if cfg.captions_format == "huggingface" or (cfg.captions_format == "auto" and _is_huggingface(path)):
         from .huggingface import export
 
-        captions = export(path if path.exists() else cfg.captions_path, cfg)
+        captions = export(path if os.path.exists(path) else cfg.captions_path, cfg)
         return Located({"": captions}, "json", Columns(), captions.parent)
     files = _captions_files(path)
-    others = {"valid": cfg.valid_captions_path, "test": cfg.test_captions_path}
-    others = {split: _captions_file(_checked(other)) for split, other in others.items() if other}
-    if others and "" in files:
-        files = {"train": files[""]}
+    for split, other in (("valid", cfg.valid_captions_path), ("test", cfg.test_captions_path)):
+        if other:
+            files = {name or "train": file for name, file in files.items()}
+            files[split] = _captions_files(Path(os.path.expanduser(other)), single=True)[""]
     columns = Columns(cfg.image_column, cfg.caption_column, cfg.label_column)
-    return Located(files | others, cfg.captions_format, columns, None)
+    return Located(files, cfg.captions_format, columns, None)
 
 
 def find_images(located: Located, table: pd.DataFrame) -> Path:
@@ -98,16 +98,6 @@ def existing_folder(image_path: str) -> Path:
     return folder
 
 
-def _checked(name: str) -> Path:
-    """A captions path, which may be missing. Raises UserError for one that the system refuses to look for."""
-    path = Path(os.path.expanduser(name))
-    try:
-        path.exists()
-    except OSError as error:  # a closed folder above it, or too long a name
-        raise UserError(f"cannot read {path}: {error.strerror}. Set --captions-path.") from error
-    return path
-
-
 def _entries(folder: Path) -> list[Path]:
     """What is in a folder, sorted. Raises UserError for one that cannot be read."""
     try:
@@ -118,51 +108,34 @@ def _entries(folder: Path) -> list[Path]:
 
 def _is_huggingface(path: Path) -> bool:
     """Whether a path is a Hugging Face data set: a folder or file of that kind, or a name on the hub."""
-    if path.is_dir():
+    if os.path.isdir(path):
         signs = ["dataset_dict.json", "state.json", "*.parquet", "data/*.parquet"]
         signs += ["metadata.csv", "metadata.jsonl", "*/metadata.csv", "*/metadata.jsonl"]  # an imagefolder
         return any(next(path.glob(sign), None) for sign in signs)
-    if path.exists() or path.suffix == ".parquet":
+    if path.suffix == ".parquet" or os.path.exists(path):
         return path.suffix == ".parquet"
     # `owner/name`, unless its folder exists
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.suffix not in {*CAPTIONS_SUFFIXES, ".txt", ".token"}
     return bool(on_hub) and not path.parent.exists()
 
 
-def _captions_files(path: Path) -> dict[str, Path]:
-    """The captions file of `path` with the key "", or those of a folder with one per split, such as val.csv."""
-    if path.is_dir():
-        found = _captions_files_in(path)
-        splits = {_split_in_name(file): file for file in found}
-        if len(found) > 1 and len(splits) == len(found) and None not in splits:
-            return {split: splits[split] for split in SPLITS if split in splits}
-    return {"": _captions_file(path)}
+def _captions_files(path: Path, single: bool = False) -> dict[str, Path]:
+    """The captions file of `path` with the key "", or those of a folder with one per split, such as val.csv.
 
-
-def _split_in_name(file: Path) -> str | None:
-    """The split in the file's name, as in val_data.json; None for none or two."""
-    words = re.split(r"[\W_]+", file.stem.lower())
-    splits = {SPLIT_OF_NAME[word] for word in words if word in SPLIT_OF_NAME}
-    return splits.pop() if len(splits) == 1 else None
-
-
-def _captions_files_in(folder: Path) -> list[Path]:
-    """The possible captions files of a folder: those with a published name, or else with a usual suffix."""
-    for pattern in PUBLISHED:
-        if found := sorted(folder.glob(pattern)) or sorted(folder.glob(f"*/{pattern}")):
-            return found
-    return [file for file in _entries(folder) if file.suffix.lower() in CAPTIONS_SUFFIXES]
-
-
-def _captions_file(path: Path) -> Path:
-    """`path` itself, or the captions file in it where it is a folder. Raises UserError where there is none."""
-    if not path.exists():
+    Raises UserError where there is none, or where it is not clear which one is meant.
+    """
+    if os.path.isfile(path):
+        return {"": path}
+    if not os.path.isdir(path):
         raise UserError(f"no captions file {path}.{_near(path)} Set --captions-path.")
-    if path.is_file():
-        return path
-    found = _captions_files_in(path)
+    published = (sorted(path.glob(name)) or sorted(path.glob(f"*/{name}")) for name in PUBLISHED)
+    found = next(filter(None, published), None)
+    found = found or [file for file in _entries(path) if file.suffix.lower() in CAPTIONS_SUFFIXES]
     if len(found) == 1:
-        return found[0]
+        return {"": found[0]}
+    by_split = {_split_in_name(file): file for file in found}
+    if found and not single and len(by_split) == len(found) and None not in by_split:
+        return {split: by_split[split] for split in SPLITS if split in by_split}
     if found:
         names = ", ".join(str(file.relative_to(path)) for file in found[:5])
         raise UserError(
@@ -170,6 +143,13 @@ def _captions_file(path: Path) -> Path:
             "or keep one per split, with names such as train.csv and val.csv."
         )
     raise UserError(f"{path} has no captions file (looked for {', '.join(PUBLISHED)}). Set --captions-path to it.")
+
+
+def _split_in_name(file: Path) -> str | None:
+    """The split in the file's name, as in val_data.json; None for none or two."""
+    words = re.split(r"[\W_]+", file.stem.lower())
+    splits = {SPLIT_OF_NAME[word] for word in words if word in SPLIT_OF_NAME}
+    return splits.pop() if len(splits) == 1 else None
 
 
 def _near(path: Path) -> str:

@@ -30,13 +30,20 @@ CAPTION_NAMES = (
     "description",
 )  # fmt: skip
 LABEL_NAMES = ("label", "class_label", "class", "class_name", "category")
-SPLIT_NAMES = ("split",)
 
-DELIMITERS = "\t,;|"
-
+# Formats of one caption per line, nothing quoted: how the file begins, the lines of its header, what a line is, and
+# the same in words. Flickr8k: Hodosh et al., 2013. Flickr30k: Young et al., 2014; the published file has a row without
+# its second bar, `2199200615.jpg| 4   A dog runs across the grass .`
+LINE_FORMATS = {
+    "flickr8k": (r"[^\t]+#\d+\t", 0, r"([^\t]*?)(?:#\d+)?\t(.*)", "image.jpg#0, a tab, and the caption"),
+    "flickr30k": (r"image_name\s*\|\s*comment_number\s*\|\s*comment\s*$", 1, r"([^|]+)\|\s*\d+(?:\s*\||\s+)(.*)",
+                  "image_name| comment_number| comment"),
+}  # fmt: skip
 # One image of Flickr8k.token.txt has a malformed name and was never published.
 FLICKR8K_UNPUBLISHED = "2258277193_586949ec62.jpg.1"
 
+csv.field_size_limit(2**30)  # a line of any length is read, and refused for its columns
+DELIMITERS = "\t,;|"
 # Of a field in a file without a header, or inside quotes that are not closed
 IMAGE_FILE = r"[^\t,;|\"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif)"
 
@@ -54,22 +61,17 @@ class Columns(NamedTuple):
 def read_file(path: Path, form: str, columns: Columns) -> pd.DataFrame:
     """Every caption of a file as a row: image, caption, file, row, and split and label where the file has them.
 
-    `form` is a captions_format other than "huggingface"; "auto" recognises it. Raises UserError for a file that is
-    missing, empty, malformed or without the columns.
+    `form` is a captions_format other than "huggingface"; "auto" recognises it from how the file begins. Raises
+    UserError for a file that is missing, empty, malformed or without the columns.
     """
     text = read_text(path)
-    form = sniff(text) if form == "auto" else form
-    if form == "table":
-        records = _table(text, path, columns)
-    elif form == "flickr8k":
-        records = list(_flickr8k(text, path))
-    elif form == "flickr30k":
-        records = list(_flickr30k(text, path))
-    else:
-        records = _json(text, path, karpathy=form == "karpathy")
-    if form in ("flickr8k", "flickr30k", "karpathy"):
-        columns = Columns("image", "caption")  # the settings are for formats that do not fix the names
-    return _tabulate(records, path, columns)
+    if form == "auto":
+        line = text.lstrip().splitlines()[0]
+        by_line = (name for name, (start, *_) in LINE_FORMATS.items() if re.match(start, line))
+        form = "json" if line[0] in "{[" else next(by_line, "table")
+    if form in LINE_FORMATS:
+        return _tabulate(_line_records(text, path, form), path, Columns())  # the settings name no column of these
+    return _tabulate(_table(text, path, columns) if form == "table" else _json(text, path), path, columns)
 
 
 def read_text(path: Path) -> str:
@@ -91,20 +93,19 @@ def read_text(path: Path) -> str:
     return text
 
 
-def sniff(text: str) -> str:
-    """The captions_format of a text, from how it begins."""
-    start = text.lstrip()
-    line = start.splitlines()[0]
-    if start[0] in "{[":
-        return "json"
-    if re.match(r"[^\t]+#\d+\t", line):
-        return "flickr8k"
-    if re.match(r"image_name\s*\|\s*comment_number\s*\|\s*comment\s*$", line):
-        return "flickr30k"
-    return "table"
-
-
 # ---- the formats: text -> records
+
+
+def _line_records(text: str, path: Path, form: str) -> Records:
+    _, header, pattern, example = LINE_FORMATS[form]
+    records = []
+    for row, line in list(_lines(text))[header:]:
+        match = re.match(pattern, line)
+        if not match:
+            raise UserError(f"{path}, row {row}: not of the form `{example}`.")
+        if match[1] != FLICKR8K_UNPUBLISHED:
+            records.append((row, {"image": match[1], "caption": match[2]}))
+    return records
 
 
 def _table(text: str, path: Path, columns: Columns) -> Records:
@@ -121,12 +122,13 @@ def _table(text: str, path: Path, columns: Columns) -> Records:
         header = ["image", "number", "caption"] if numbered else ["image", "caption"]
     else:
         header = [name.strip() for name in rows.pop(0)[1]]
-    caption_is_last = header[-1] in caption_columns(header, columns.caption)
+    last = len(header) - 1
+    caption_is_last = header[last] in _caption_columns(header, columns.caption)
     records = []
     for row, fields in rows:
         if len(fields) > len(header) and caption_is_last:
             # An unquoted caption with commas: the rest of the line belongs to it
-            fields = [*fields[: len(header) - 1], delimiter.join(fields[len(header) - 1 :])]
+            fields = [*fields[:last], delimiter.join(fields[last:])]
         if len(fields) > len(header):
             raise UserError(
                 f"{path}, row {row}: {len(fields)} columns where the header has {len(header)}. "
@@ -141,7 +143,7 @@ def _delimiter(header: str, columns: Columns) -> str:
 
     def score(delimiter: str) -> tuple[int, int]:
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter))]
-        found = bool(find_column(names, columns.image, IMAGE_NAMES)) + bool(caption_columns(names, columns.caption))
+        found = bool(_column(names, columns.image, IMAGE_NAMES)) + bool(_caption_columns(names, columns.caption))
         return found, len(names)
 
     return max(DELIMITERS, key=score)
@@ -154,8 +156,8 @@ def _csv_rows(text: str, delimiter: str, path: Path) -> list[tuple[int, list[str
     # delimiters before it than the first line has are commas of an unquoted caption.
     d, most = re.escape(delimiter), max(1, lines[0].count(delimiter))
     spaced = re.search(rf'^(?:[^"\n{d}]*{d}){{1,{most}}} +"(?:[^"\n]|"")*"\s*(?:$|{d})', text, re.MULTILINE)
-    dialect = {"delimiter": delimiter, "strict": True, "skipinitialspace": bool(spaced)}
-    reader = csv.reader(lines, **dialect)
+    dialect = {"delimiter": delimiter, "skipinitialspace": bool(spaced)}
+    reader = csv.reader(lines, strict=True, **dialect)
     try:
         for fields in reader:
             if any(_is_row(inner, delimiter) for inner in lines[line + 1 : reader.line_num]):
@@ -165,7 +167,7 @@ def _csv_rows(text: str, delimiter: str, path: Path) -> list[tuple[int, list[str
             line = reader.line_num
     except csv.Error:
         print(f"{path}, row {line + 1}: double quotes do not pair. Each line is read as a row.", file=sys.stderr)
-        rows = [(number, _csv_line(line, dialect)) for number, line in _lines(text)]
+        rows = [(number, next(csv.reader([line], **dialect))) for number, line in _lines(text)]
     return rows
 
 
@@ -175,57 +177,27 @@ def _is_row(line: str, delimiter: str) -> bool:
     return len(fields) > 1 and any(re.fullmatch(rf'[\s"]*{IMAGE_FILE}[\s"]*', field, re.IGNORECASE) for field in fields)
 
 
-def _csv_line(line: str, dialect: dict) -> list[str]:
-    try:
-        return next(csv.reader([line], **dialect))
-    except csv.Error:
-        return line.split(dialect["delimiter"])
-
-
-def _flickr8k(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """Flickr8k.token.txt (Hodosh et al., 2013): `image.jpg#0<TAB>caption`."""
-    for row, line in _lines(text):
-        name, tab, caption = line.partition("\t")
-        if not tab:
-            raise UserError(f"{path}, row {row}: no tab between the image and its caption.")
-        name = re.sub(r"#\d+$", "", name)
-        if name != FLICKR8K_UNPUBLISHED:
-            yield row, {"image": name, "caption": caption}
-
-
-def _flickr30k(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """Flickr30k results.csv (Young et al., 2014): `image_name| comment_number| comment`, nothing quoted.
-
-    The published file has a row without its second bar: `2199200615.jpg| 4   A dog runs across the grass .`
-    """
-    for row, line in list(_lines(text))[1:]:
-        match = re.match(r"([^|]+)\|\s*\d+(?:\s*\||\s+)(.*)", line)
-        if not match:
-            raise UserError(f"{path}, row {row}: not of the form `image_name| comment_number| comment`.")
-        yield row, {"image": match[1], "caption": match[2]}
-
-
-def _json(text: str, path: Path, karpathy: bool) -> Records:
-    """JSON Lines, a JSON list of records, or a JSON object that contains such a list, as Karpathy's."""
+def _json(text: str, path: Path) -> Records:
+    """JSON Lines, a list of records, or an object with such a list, as Karpathy & Fei-Fei's (2015) dataset_*.json."""
     lines = list(_lines(text))
     try:
         by_line = len(lines) > 1 and isinstance(json.loads(lines[0][1]), dict)
     except (ValueError, RecursionError):
         by_line = False
     if by_line:
-        return [(row, _fields(_parse(line, path, row), path, row)) for row, line in lines]
-    content = _parse(text, path, 1)
-    if isinstance(content, dict):
-        images = content.get("images")
-        lists = [
-            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
-        if karpathy or (images in lists and "sentences" in images[0]):
-            return _karpathy(images, path)
-        content = max(lists, key=len, default=[content])  # no list: the only line of a JSON Lines file
-    if karpathy or not isinstance(content, list):
-        raise UserError(f"{path} has no list of {'images' if karpathy else 'records'}.")
-    return [(row, _fields(record, path, row)) for row, record in enumerate(content, 1)]
+        records = [(row, _parse(line, path, row)) for row, line in lines]
+    else:
+        content = _parse(text, path, 1)
+        if isinstance(content, dict):  # without a list it is the only line of a JSON Lines file
+            lists = [part for part in content.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
+            content = max(lists, key=len, default=[content])
+        records = list(enumerate(content if isinstance(content, list) else [content], 1))
+    for row, fields in records:
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}, row {row}: expected a record with named fields, found {json.dumps(fields)[:40]}.")
+        if fields.keys() >= {"filepath", "filename", "sentences"}:  # Karpathy's COCO: the image's folder and its name
+            fields["filename"] = str(PurePosixPath(_text(fields["filepath"]), _text(fields["filename"])))
+    return records
 
 
 def _parse(text: str, path: Path, row: int) -> object:
@@ -236,24 +208,6 @@ def _parse(text: str, path: Path, row: int) -> object:
         raise UserError(f"{path}, line {row + error.lineno - 1}: not valid JSON ({error.msg}).") from error
     except (ValueError, RecursionError) as error:  # a number with thousands of digits; lists thousands deep
         raise UserError(f"{path}, line {row}: cannot be read as JSON ({error}).") from error
-
-
-def _fields(record: object, path: Path, row: int) -> dict:
-    if not isinstance(record, dict):
-        raise UserError(f"{path}, row {row}: expected a record with named fields, found {json.dumps(record)[:40]}.")
-    return record
-
-
-def _karpathy(images: object, path: Path) -> Records:
-    """Karpathy & Fei-Fei (2015) dataset_*.json: `images` with `filename`, `filepath` (COCO), `split`, `sentences`."""
-    if not isinstance(images, list):
-        raise UserError(f"{path} has no list of images, which Karpathy's dataset_*.json files have.")
-    records = []
-    for row, image in enumerate(images, 1):
-        fields = _fields(image, path, row)
-        name = PurePosixPath(*(_text(fields.get(part)) for part in ("filepath", "filename")))
-        records.append((row, {"image": str(name), "caption": fields.get("sentences"), "split": fields.get("split")}))
-    return records
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -271,19 +225,12 @@ def _tabulate(records: Records, path: Path, columns: Columns) -> pd.DataFrame:
     if not records:
         raise UserError(f"{path} has a header but no captions.")
     names = list(dict.fromkeys(name for _, fields in records for name in fields))
-    image = find_column(names, columns.image, IMAGE_NAMES)
-    captions = caption_columns(names, columns.caption)
-    label = find_column(names, columns.label, LABEL_NAMES)
-    split = find_column(names, "", SPLIT_NAMES)
-    for found, wanted, what in ((image, columns.image, "image"), (captions, columns.caption, "caption")):
-        if not found:
-            raise missing_column(path, names, wanted, what)
-    if columns.label and not label:
-        raise missing_column(path, names, columns.label, "label")
-
+    image, captions, split, label = find_columns(path, names, columns)
     rows = []
     for row, fields in records:
-        name = _image_name(fields.get(image))
+        # Forward slashes and no `./`, so that each image has one name
+        name = _text(fields.get(image)).strip().replace("\\", "/")
+        name = str(PurePosixPath(name)) if name else ""
         given = [text for column in captions for text in _captions(fields.get(column))]
         for text in given or [""]:  # counted with the empty captions
             rows.append((name, text, path.name, row, _text(fields.get(split)), _text(fields.get(label))))
@@ -291,7 +238,25 @@ def _tabulate(records: Records, path: Path, columns: Columns) -> pd.DataFrame:
     return table.drop(columns=[name for name, found in (("split", split), ("label", label)) if not found])
 
 
-def find_column(names: list[str], wanted: str, usual: tuple[str, ...]) -> str | None:
+def find_columns(
+    source: Path | str, names: list[str], columns: Columns
+) -> tuple[str, list[str], str | None, str | None]:
+    """The image column, the caption columns (several for caption_0, caption_1 ...), and the split and label columns.
+
+    Raises UserError without an image or a caption column, or without one that a setting names.
+    """
+    image, captions = _column(names, columns.image, IMAGE_NAMES), _caption_columns(names, columns.caption)
+    label = _column(names, columns.label, LABEL_NAMES)
+    for what, found in (("image", image), ("caption", captions), ("label", label or not columns.label)):
+        if not found:
+            wanted = getattr(columns, what)
+            missing = f"no column {wanted!r}." if wanted else f"no column that is known as the {what}."
+            missing += suggest(wanted or what, names)
+            raise UserError(f"{source} has {missing} It has: {', '.join(names)}. Set --{what}-column to one of them.")
+    return image, captions, _column(names, "", ("split",)), label
+
+
+def _column(names: list[str], wanted: str, usual: tuple[str, ...]) -> str | None:
     """The name `wanted`; where that is empty, the first of the `usual` names, in any case and spacing."""
     if wanted:
         return wanted if wanted in names else None
@@ -299,25 +264,11 @@ def find_column(names: list[str], wanted: str, usual: tuple[str, ...]) -> str | 
     return next((plain[name] for name in usual if name in plain), None)
 
 
-def caption_columns(names: list[str], wanted: str) -> list[str]:
-    """The column of the captions, or the columns caption_0, caption_1 ... of a file that has these."""
-    one = find_column(names, wanted, CAPTION_NAMES)
+def _caption_columns(names: list[str], wanted: str) -> list[str]:
+    one = _column(names, wanted, CAPTION_NAMES)
     if one or wanted:
         return [one] if one else []
     return [name for name in names if re.fullmatch(r"(caption|sentence|text)_?\d+", name.lower())]
-
-
-def missing_column(source: Path | str, names: list[str], wanted: str, what: str) -> UserError:
-    """The error for a source without the column `wanted`, or without any with a usual name."""
-    missing = f"no column {wanted!r}." if wanted else f"no column that is known as the {what}."
-    missing += suggest(wanted or what, names)
-    return UserError(f"{source} has {missing} It has: {', '.join(names)}. Set --{what}-column to one of them.")
-
-
-def _image_name(value: object) -> str:
-    """The path of an image with forward slashes and no `./`, so that each image has one name; '' for none."""
-    name = _text(value).strip().replace("\\", "/")
-    return str(PurePosixPath(name)) if name else ""
 
 
 def _captions(value: object) -> list[str]:

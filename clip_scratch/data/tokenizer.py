@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
-from ..hub import hub_access, hub_name, is_function, local_path
+from ..hub import is_function, load_pretrained, local_path
 
 if TYPE_CHECKING:
     import torch
@@ -40,24 +40,17 @@ def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokeniz
             raise UserError("text_tokenizer 'train' learns from the training captions, and there are none")
         return train_tokenizer(captions)
     path = local_path(name, "text_tokenizer")
-    if path is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:  # some tokenizers need another library
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"text_tokenizer: {path} holds no tokenizer ({reason})") from error
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers' fallback
-            raise UserError(f"text_tokenizer: {path} holds no tokenizer. Set --text-tokenizer to a folder with one")
-        return tokenizer
-    random_text = not cfg.pretrained
+    or_random = ", or --no-pretrained" if cfg.backend == "from_scratch" and cfg.pretrained else ""
+    remedy = f"Give text_tokenizer a local folder{or_random}"
     try:
-        or_random = ", or --no-pretrained" if cfg.backend == "from_scratch" and not random_text else ""
-        with hub_access(f"the tokenizer {name!r}", f"Give text_tokenizer a local folder{or_random}"):
-            return AutoTokenizer.from_pretrained(hub_name(name))
+        tokenizer = load_pretrained(AutoTokenizer, name, "text_tokenizer", "the tokenizer", remedy)
     except UserError:
-        if random_text and not cfg.text_tokenizer and len(captions):
-            return train_tokenizer(captions)
-        raise
+        if path is not None or cfg.pretrained or cfg.text_tokenizer or not len(captions):
+            raise
+        return train_tokenizer(captions)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # transformers' fallback
+        raise UserError(f"text_tokenizer: {path} holds no tokenizer. Set --text-tokenizer to a folder with one")
+    return tokenizer
 
 
 def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerBase:

@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..config import CFG
-from ..device import pick_device
 from ..errors import UserError
 from ..files import write_atomically
-from ..models.saved import load
-from ..presets import PRESETS
+from ..models.freezing import frozen_parts
+from ..models.saved import best_folder, load, run_config
 from . import comparison_table
 from .bootstrap import interval, resampled_recalls
 from .measure import ZERO_SHOT, Measured, checked_split, count_ambiguous, measure, open_captions, read_zero_shot
-from .run_record import UNTRAINED, RunRecord, read_record, run_folder
 
-# The settings that determine a run's validation images and captions
-_DATA = (
-    "captions_path", "image_path", "captions_format", "image_column", "caption_column", "valid_captions_path",
-    "test_captions_path", "valid_fraction", "test_fraction", "on_bad_image", "n_scenes", "seed",
-)  # fmt: skip
+WAYS = {"i2t": "text", "t2i": "image"}  # image to text retrieves texts
+RECALLS = {f"{way}_r@{k}": f"{kind}_retrieval_recall@{k}" for way, kind in WAYS.items() for k in (1, 5, 10)}
+
+
+@dataclass
+class Record:
+    """How a run was trained; None for what its files do not tell. The defaults are those of an untouched model."""
+
+    epochs: int | None = 0
+    best_epoch: int | None = 0
+    learning_rates: str = "none"  # the peak ones
+    trained_parameters: int | None = 0
+    wall_seconds: float | None = None
+    frozen: str = "all"
+    wise_ft_alpha: float | None = None  # weight of the fine-tuned model, where it was averaged with the zero-shot one
 
 
 @dataclass
 class Row:
     """A row of the table: a run, or an untouched pretrained model."""
 
-    name: str
     source: str  # the run folder, or the file with the ranks
     cfg: CFG  # the run's
     measured: Measured
-    record: RunRecord
-    is_zero_shot: bool
+    record: Record
+    name: str = ""
 
     @property
-    def model_name(self) -> str:
-        return self.cfg.model_name
-
-
-@dataclass
-class Difference:
-    """R@1 of a run minus that of zero-shot, image to text and text to image, as fractions: arrays (2,)."""
-
-    name: str
-    zero_shot: str
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    def is_zero_shot(self) -> bool:
+        return self.cfg.backend == "hf_clip" and self.record.epochs == 0
 
 
 @dataclass
@@ -65,61 +61,52 @@ class Comparison:
     rows: list[Row]
     split: str
     n_ambiguous: int  # captions
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def n_images(self) -> int:
-        return len(self.rows[0].measured.images)
-
-    @property
-    def n_captions(self) -> int:
-        return len(self.rows[0].measured.image_of_caption)
 
     @cached_property
-    def samples(self) -> np.ndarray:
-        """R@1 of every bootstrap resample of the images: (resamples, rows, 2), image to text and text to image."""
+    def table(self) -> pd.DataFrame:
+        """All figures; recalls, the 95 % intervals of R@1 and its differences to zero-shot are in percent.
+
+        A run is compared with the zero-shot row of its model, or else with the first one: `compared_with`.
+        """
         hits, sizes = zip(*(row.measured.hits() for row in self.rows), strict=True)
-        flat = resampled_recalls(np.concatenate(hits, 1), np.concatenate(sizes, 1))  # (resamples, 2 * rows)
-        return flat.reshape(len(flat), len(self.rows), 2)
-
-    @cached_property
-    def intervals(self) -> np.ndarray:
-        """The 95 % interval of each R@1: lower and upper ends, (2, rows, 2)."""
-        return interval(self.samples)
-
-    @cached_property
-    def differences(self) -> list[Difference]:
-        """Each run against the zero-shot row of its model, or else the first one; [] where there is none."""
-        references: dict[str, int] = {}
-        for number, row in enumerate(self.rows):
-            if row.is_zero_shot:
-                references.setdefault(row.model_name, number)
-        found = []
-        for number, row in enumerate(self.rows):
-            if row.is_zero_shot or not references:
-                continue
-            reference = references.get(row.model_name, 0)
-            low, high = interval(self.samples[:, number] - self.samples[:, reference])
-            value = _recall_at_1(row) - _recall_at_1(self.rows[reference])
-            found.append(Difference(row.name, self.rows[reference].name, value, low, high))
-        return found
+        samples = 100 * resampled_recalls(np.concatenate(hits, 1), np.concatenate(sizes, 1))
+        samples = samples.reshape(len(samples), len(self.rows), len(WAYS))
+        zero_shot = {row.cfg.model_name: i for i, row in enumerate(self.rows) if row.is_zero_shot}
+        lines: list[dict[str, object]] = []
+        for i, row in enumerate(self.rows):
+            measured, model = row.measured, row.cfg.model_name
+            reference = None if row.is_zero_shot or not zero_shot else zero_shot.get(model, 0)
+            line = {
+                "run": row.name, "zero_shot": int(row.is_zero_shot), "model_name": model, "split": self.split,
+                "n_images": len(measured.images), "n_captions": len(measured.image_of_caption), **vars(row.record),
+                "compared_with": None if reference is None else self.rows[reference].name,
+            }  # fmt: skip
+            line |= {column: 100 * measured.metrics[key] for column, key in RECALLS.items()}
+            for j, way in enumerate(WAYS):
+                column = f"{way}_r@1"
+                line[f"{column}_low"], line[f"{column}_high"] = interval(samples[:, i, j])
+                if reference is not None:
+                    difference = f"{column}_minus_zero_shot"
+                    line[difference] = line[column] - lines[reference][column]
+                    ends = interval(samples[:, i, j] - samples[:, reference, j])
+                    line[f"{difference}_low"], line[f"{difference}_high"] = ends
+            lines.append({name: round(x, 4) + 0.0 if isinstance(x, float) else x for name, x in line.items()})
+        return pd.DataFrame(lines, dtype=object)
 
     # Methods of comparison_table.py, which shows the table
-    text, markdown = comparison_table.text, comparison_table.markdown
-    csv, chart = comparison_table.csv_text, comparison_table.chart
+    text, chart = comparison_table.text, comparison_table.chart
 
     def write(self, markdown: str | Path = "", csv: str | Path = "", chart: str | Path = "") -> None:
         """Write the table to the files that are given."""
-        for path, content in ((markdown, self.markdown), (csv, self.csv)):
+        for path, content in (
+            (markdown, f"{self.text()}\n"),
+            (csv, self.table.to_csv(index=False, lineterminator="\n")),
+        ):
             if path:
-                text = content().encode()
-                write_atomically(Path(path), lambda temporary, text=text: temporary.write_bytes(text))
+                data = content.encode()
+                write_atomically(Path(path), lambda temporary, data=data: temporary.write_bytes(data))
         if chart:
             self.chart(chart)
-
-
-def _recall_at_1(row: Row) -> np.ndarray:
-    return np.array([row.measured.metrics[f"{kind}_retrieval_recall@1"] for kind in ("text", "image")])
 
 
 def compare(
@@ -137,91 +124,71 @@ def compare(
     """
     if not runs:
         raise UserError("there is nothing to compare: name at least one run")
-    device = str(pick_device(CFG(device=device)))
     records = [read_record(run) for run in runs]  # all are runs, before the first is measured
-    rows = []
+    rows: list[Row] = []
     for number, (run, record) in enumerate(zip(runs, records, strict=True), 1):
         print(f"measuring {run} ({number} of {len(runs)})", file=sys.stderr)
         model = load(run, device)
         source, measured_split = checked_split(open_captions(model.cfg, captions_path, image_path), split)
-        is_zero_shot = model.cfg.backend == "hf_clip" and record.epochs == 0
-        rows.append(Row("", str(run), model.cfg, measure(model, source), record, is_zero_shot))
-        _check_same(rows[0], rows[-1])
-    recorded = [] if captions_path or split != "valid" else _recorded(rows)
-    for row in recorded:
-        _check_same(row, rows[0])
-    notes = _notes(rows, recorded, captions_path, image_path)
-    ordered = [*recorded, *sorted(rows, key=lambda row: not row.is_zero_shot)]
-    _name(ordered)
-    return Comparison(ordered, measured_split, count_ambiguous(source.table), notes)
-
-
-def _recorded(rows: list[Row]) -> list[Row]:
-    """A zero-shot row for each model that has none yet, from the first run that recorded it."""
-    covered = {row.model_name for row in rows if row.is_zero_shot}
-    found = []
-    for row in rows:
+        _add(rows, Row(str(run), model.cfg, measure(model, source), record))
+    covered = {row.cfg.model_name for row in rows if row.is_zero_shot}
+    for row in [] if captions_path or split != "valid" else list(rows):
         path = run_folder(row.source) / ZERO_SHOT
-        if row.cfg.backend == "hf_clip" and row.model_name not in covered and path.is_file():
-            covered.add(row.model_name)
-            found.append(Row("", str(path), row.cfg, read_zero_shot(path), UNTRAINED, is_zero_shot=True))
-    return found
-
-
-def _check_same(one: Row, other: Row) -> None:
-    """Raise UserError unless both were measured on the same images and captions."""
-    if one.measured.fingerprint == other.measured.fingerprint:
-        return
-    a, b = (
-        f"{len(row.measured.images):,} images with {len(row.measured.image_of_caption):,} captions"
-        for row in (one, other)
-    )
-    detail = f"{a} against {b}" if a != b else f"{a} each, but not the same ones"
-    raise UserError(
-        f"{one.source} and {other.source} were measured on different images or captions ({detail}), so they cannot be "
-        "compared: give one file to measure all runs on, --captions-path FILE"
-    )
-
-
-def _notes(rows: list[Row], recorded: list[Row], captions_path: str, image_path: str) -> list[str]:
-    """For each model without a zero-shot row, the command that makes a zero-shot run on the table's captions."""
-    notes = [
-        f"{row.source} has not finished an epoch: its row is that of the untouched model."
-        for row in rows
-        if row.is_zero_shot and row.cfg.epochs
-    ]
-    covered = {row.model_name for row in [*rows, *recorded] if row.is_zero_shot}
-    cfgs = {row.model_name: row.cfg for row in rows[::-1] if row.cfg.backend == "hf_clip"}
-    missing = {name: cfg for name, cfg in cfgs.items() if name not in covered}
-    if not covered and not missing:
-        missing = {"": rows[0].cfg}
-    for name, cfg in missing.items():
-        command = _zero_shot_command(cfg, captions_path, image_path, name)
-        which = f"row of {name} on these captions" if name else "row"
-        notes.append(f"There is no zero-shot {which}. To compare with an untouched pretrained CLIP: `{command}`")
-    return notes
-
-
-def _zero_shot_command(cfg: CFG, captions_path: str, image_path: str, model_name: str) -> str:
-    """The command that makes a zero-shot run on the captions of a run with settings `cfg`, or on another file's."""
-    preset = PRESETS["hf_clip"]()
-    if captions_path:
-        cfg = dataclasses.replace(preset, captions_path=captions_path, image_path=image_path)
-    elif image_path:
-        cfg = dataclasses.replace(cfg, image_path=image_path)
-    data = _DATA if cfg.captions_path else tuple(name for name in _DATA if name != "image_path")
-    options = {"model_name": model_name} if model_name else {}
-    options |= {name: getattr(cfg, name) for name in data if getattr(cfg, name) != getattr(preset, name)}
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return shlex.join(["python", "-m", "clip_scratch.train", "hf_clip", "--epochs", "0", *words])
-
-
-def _name(rows: list[Row]) -> None:
-    """Name every row: the run's folder, or "zero-shot" and the last part of the model's name; equal names in full."""
-    for row in rows:
-        model, run = Path(row.model_name).name, run_folder(row.source).absolute().name
-        row.name = f"zero-shot {model}" if row.is_zero_shot else run
+        if row.cfg.model_name not in covered and path.is_file():
+            covered.add(row.cfg.model_name)
+            _add(rows, Row(str(path), row.cfg, read_zero_shot(path), Record()))
+    rows.sort(key=lambda row: not row.is_zero_shot)
+    for row in rows:  # a run by its folder, zero-shot by the last part of the model's name; equal names in full
+        model_name, run = Path(row.cfg.model_name).name, run_folder(row.source).absolute().name
+        row.name = f"zero-shot {model_name}" if row.is_zero_shot else run
     count = Counter(row.name for row in rows)
     for row in rows:
-        if count[row.name] > 1:
-            row.name = f"{row.name} ({row.source})"
+        row.name += f" ({row.source})" if count[row.name] > 1 else ""
+    return Comparison(rows, measured_split, count_ambiguous(source.table))
+
+
+def _add(rows: list[Row], row: Row) -> None:
+    """Append a row. Raises UserError where it was measured on other images or captions than the first."""
+    rows.append(row)
+    if row.measured.fingerprint != rows[0].measured.fingerprint:
+        raise UserError(
+            f"{rows[0].source} and {row.source} were measured on different images or captions, so they cannot be "
+            "compared: give one file to measure all runs on, --captions-path FILE"
+        )
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run, given that or its `best/`."""
+    return Path(run).parent if Path(run).name == "best" else Path(run)
+
+
+def read_record(run: str | Path) -> Record:
+    """The record of a run folder or of its `best/`. Raises UserError for a path that is no run or is damaged.
+
+    A pretrained CLIP is untrained if its last epoch is 0, or, where only `best/` is there, if its best epoch is.
+    """
+    folder, best = run_folder(run), best_folder(run)
+    cfg, log, metrics = run_config(best), folder / "metrics.jsonl", best / "metrics.json"
+    try:
+        lines = log.read_text().splitlines() if log.is_file() else []
+        last = json.loads(lines[-1]) if lines else {}
+        chosen = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is damaged: {error} in metrics.jsonl or metrics.json") from error
+    if cfg.backend == "hf_clip" and (last or chosen).get("epoch") == 0:
+        return Record(wall_seconds=last.get("wall_seconds"))
+    frozen, rates = frozen_parts(cfg), {}
+    for tower, policy in frozen.items():
+        if policy not in ("all", "backbone"):
+            rates[tower] = cfg.lora_lr if policy == "lora" else getattr(cfg, f"{tower}_encoder_lr")
+    rates["heads"] = cfg.head_lr
+    return Record(
+        last.get("epoch"), chosen.get("epoch"), _by_part({part: f"{rate:g}" for part, rate in rates.items()}),
+        last.get("trained_parameters"), last.get("wall_seconds"), _by_part(frozen), chosen.get("wise_ft_alpha"),
+    )  # fmt: skip
+
+
+def _by_part(values: dict[str, str]) -> str:
+    """One value where all parts have the same, else each with its part: "image first:6, text none"."""
+    first, *others = set(values.values())
+    return ", ".join(f"{part} {value}" for part, value in values.items()) if others else first

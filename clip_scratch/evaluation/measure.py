@@ -78,16 +78,14 @@ class Measured:
         return recalls_of(self.image_rank, self.text_rank)
 
     def hits(self) -> tuple[np.ndarray, np.ndarray]:
-        """R@1 image to text and text to image as counts per image: its queries that hit, and all its queries.
+        """R@1 image to text and text to image as counts per image: its queries that hit, and all its queries, (N, 2).
 
-        Both (N, 2), sorted by image name, so that the counts of two models line up.
+        Sorted by image name, so that the counts of two models line up.
         """
-        n, own = len(self.images), self.image_of_caption
-        found = torch.bincount(own, (self.image_rank <= 1).double(), minlength=n)
-        hits = torch.stack([(self.text_rank <= 1).double(), found], 1)
-        sizes = torch.stack([torch.ones(n).double(), torch.bincount(own, minlength=n).double()], 1)
-        order = sorted(range(n), key=self.images.__getitem__)
-        return hits[order].numpy(), sizes[order].numpy()
+        order, own = np.argsort(self.images), self.image_of_caption.numpy()
+        hits = self.text_rank.numpy() <= 1, np.bincount(own, self.image_rank.numpy() <= 1)
+        sizes = np.ones(len(order)), np.bincount(own)
+        return np.stack(hits, 1)[order], np.stack(sizes, 1)[order]
 
 
 def measure(model: DualEncoder, source: DataSource) -> Measured:
@@ -99,37 +97,25 @@ def measure(model: DualEncoder, source: DataSource) -> Measured:
 
 
 def save_zero_shot(
-    path: str | Path,
+    path: Path,
     model_name: str,
     names: Sequence[str],
-    image_of_caption: torch.Tensor | Sequence[int],
-    image_rank: torch.Tensor | Sequence[int],
-    text_rank: torch.Tensor | Sequence[int],
+    image_of_caption: torch.Tensor,
+    image_rank: torch.Tensor,
+    text_rank: torch.Tensor,
     fingerprint: str,
 ) -> None:
-    """Record the ranks of the untouched model on a run's validation split, for `read_zero_shot`.
-
-    Names of the N images, the image row of each caption (C,), the two results of `ranks`, and `fingerprint_of` the
-    split's captions.
-    """
+    """Record what `Measured` holds of the untouched model on a run's validation split, for `read_zero_shot`."""
     lists = {"image_of_caption": image_of_caption, "image_rank": image_rank, "text_rank": text_rank}
-    lists = {name: torch.as_tensor(values).tolist() for name, values in lists.items()}
     head = {"model_name": model_name, "split": "valid", "fingerprint": fingerprint, "images": list(names)}
-    write_json(Path(path), head | lists)
+    write_json(path, head | {name: values.tolist() for name, values in lists.items()})
 
 
-def read_zero_shot(path: str | Path) -> Measured:
+def read_zero_shot(path: Path) -> Measured:
     """The ranks that `save_zero_shot` wrote. Raises UserError where the file is damaged."""
     try:
-        saved = json.loads(Path(path).read_text())
-        own, image_rank, text_rank = (
-            torch.tensor(saved[name], dtype=torch.long) for name in ("image_of_caption", "image_rank", "text_rank")
-        )
-        images = list(saved["images"])
-        if not images or len(text_rank) != len(images) or len(image_rank) != len(own):
-            raise ValueError("its lists differ in length")
-        if sorted(set(own.tolist())) != list(range(len(images))):
-            raise ValueError("its captions do not belong to its images")
-        return Measured(images, own, image_rank, text_rank, str(saved["fingerprint"]))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        saved = json.loads(path.read_text())
+        lists = (torch.tensor(saved[name]) for name in ("image_of_caption", "image_rank", "text_rank"))
+        return Measured(list(saved["images"]), *lists, str(saved["fingerprint"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): train the run again, or delete the file") from error

@@ -32,10 +32,9 @@ def recall_at_k(
 def ranks(
     image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, image_of_caption: torch.Tensor | Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rank of each caption's image, (C,), and of each image's best own caption, for images with captions.
+    """The rank of each caption's image, (C,), and of the best own caption of each image with captions, from 1.
 
-    Long tensors that count from 1, the images in the order of their rows. Arguments, ties, NaN and errors are those
-    of `recall_at_k`.
+    Arguments, ties, NaN and errors are those of `recall_at_k`.
     """
     images, texts = image_embeddings.double().cpu(), text_embeddings.double().cpu()
     own = torch.as_tensor(image_of_caption, dtype=torch.long).cpu()  # (C,)
@@ -67,12 +66,9 @@ def recalls_of(image_rank: torch.Tensor, text_rank: torch.Tensor, ks: Sequence[i
     """The metrics of `recall_at_k` from the `ranks` of all captions, (C,), and images, (N,)."""
     metrics = {f"image_retrieval_recall@{k}": (image_rank <= k).double().mean().item() for k in ks}
     metrics |= {f"text_retrieval_recall@{k}": (text_rank <= k).double().mean().item() for k in ks}
-    rsum = 100 * sum(metrics.values())
-    return metrics | {
-        "image_median_rank": image_rank.double().quantile(0.5).item(),
-        "text_median_rank": text_rank.double().quantile(0.5).item(),
-        "rsum": rsum,
-    }
+    medians = {"image_median_rank": image_rank.double().quantile(0.5).item()}
+    medians["text_median_rank"] = text_rank.double().quantile(0.5).item()
+    return metrics | medians | {"rsum": 100 * sum(metrics.values())}
 
 
 def format_table(metrics: dict[str, float], split: str, n_images: int, n_captions: int) -> str:

@@ -11,10 +11,11 @@ import torch
 from ..config import CFG
 from ..data.images import shorter_side
 from ..data.loaders import Batch
-from ..hub import no_loading_bar
+from ..errors import UserError
+from ..hub import is_function
 from ..models.clip import CLIPModel, DualEncoder
 from ..models.hf_clip import HFCLIPModel
-from .dual_encoder import check_expressible, to_dual_encoder
+from .dual_encoder import to_dual_encoder
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -22,21 +23,26 @@ if TYPE_CHECKING:
 
 def check_exportable(model: DualEncoder) -> None:
     """Raise UserError, which names the setting, where no class of transformers computes what the model does."""
-    if isinstance(model, CLIPModel):
-        check_expressible(model)
+    if isinstance(model, HFCLIPModel):
+        return
+    for name in ("model_name", "text_encoder_model"):
+        if is_function(value := getattr(model.cfg, name)):
+            raise UserError(f"{name} {value!r}: an encoder of your own cannot be exported to transformers")
+    if model.cfg.head != "linear":
+        raise UserError("head 'mlp' cannot be exported: transformers projects linearly. Train with --head linear")
+    architecture = model.text_encoder.model.config.model_type
+    if architecture != "bert":  # as bert-mini, bert-base-uncased and MiniLM are
+        raise UserError(f"text_encoder_model: a {architecture} text tower cannot be exported, only one of type bert")
 
 
 def write_transformers_folder(model: DualEncoder, folder: Path, batches: Iterable[Batch]) -> None:
     """Write weights, tokenizer and image processor for AutoModel, AutoTokenizer and AutoImageProcessor.
 
-    A fine-tuned CLIP keeps its class. A model from scratch becomes a VisionTextDualEncoderModel, whose image head is
-    fitted to the images of `batches`.
+    A model from scratch becomes a VisionTextDualEncoderModel, whose image head is fitted to the images of `batches`.
     """
-    with no_loading_bar():
-        if isinstance(model, HFCLIPModel):
-            model.hf.save_pretrained(folder)
-        else:
-            to_dual_encoder(model, _image_features(model, batches)).save_pretrained(folder)
+    is_hf = isinstance(model, HFCLIPModel)
+    hf = model.hf if is_hf else to_dual_encoder(model, _image_features(model, batches))
+    hf.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     image_processor(model).save_pretrained(folder)
 
@@ -55,7 +61,7 @@ def _image_features(model: CLIPModel, batches: Iterable[Batch]) -> torch.Tensor:
 
 
 def image_processor(model: DualEncoder) -> BaseImageProcessor:
-    """The transformers image processor for the images that `model` evaluates, normalisation included.
+    """The transformers image processor for the images that `model` evaluates.
 
     There is no area filter in transformers: bilinear, which has antialiasing there, is the nearest to it.
     """
@@ -70,9 +76,7 @@ def image_processor(model: DualEncoder) -> BaseImageProcessor:
         "do_convert_rgb": True,
     }
     square = {"height": cfg.size, "width": cfg.size}
-    if (
-        isinstance(model, HFCLIPModel) and model.hf.config.model_type == "siglip2"
-    ):  # takes patches, of images of any shape
+    if isinstance(model, HFCLIPModel) and model.hf.config.model_type == "siglip2":  # takes patches
         patch = model.hf.config.vision_config.patch_size
         return Siglip2ImageProcessor(patch_size=patch, max_num_patches=(cfg.size // patch) ** 2, **settings)
     if short := shorter_side(cfg):

@@ -1,4 +1,4 @@
-"""The model that the settings ask for, whichever backend builds it."""
+"""The model that the settings ask for, of either backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from .clip import CLIPModel, DualEncoder
 
 
 def model_class(cfg: CFG) -> type[DualEncoder]:
-    """The class of model of the backend."""
     if cfg.backend == "hf_clip":
         from .hf_clip import HFCLIPModel
 
@@ -19,10 +18,8 @@ def model_class(cfg: CFG) -> type[DualEncoder]:
 
 
 def build_model(cfg: CFG, captions: Sequence[str] = ()) -> DualEncoder:
-    """A model to train. Its `cfg` has what its pretrained parts decide: image size, loss ...
+    """A model to train, whose tokenizer may be learned from the training `captions`.
 
-    From scratch, where no tokenizer is available, one is learned from the training `captions`.
+    Its `cfg` has what its pretrained parts decide: image size, loss ...
     """
-    if cfg.backend == "hf_clip":
-        return model_class(cfg)(cfg)
-    return CLIPModel(cfg, build_tokenizer(cfg, captions))
+    return model_class(cfg)(cfg, None if cfg.backend == "hf_clip" else build_tokenizer(cfg, captions))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LOGIT_SCALE = 100.0  # CLIP (Radford et al. 2021) clamps the learned scale here, that is the log-scale at ln 100
-
 _CHUNK = 64  # captions that share a padded length on a CPU
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ProjectionHead(nn.Module):
@@ -57,21 +56,14 @@ class DualEncoder(nn.Module):
     """The interface of both backends: two towers with heads, and the temperature.
 
     A subclass has `cfg`, `tokenizer`, `log_scale`, `logit_bias` (None without one), `mean` and `std` (of pixels
-    in 0 to 255), `towers` and `heads` (modules by "image" and "text"), `forward_image` and `forward_text`.
+    in 0 to 255), `towers` and `heads` (modules by "image" and "text"), and through tower and head `forward_image`,
+    (B, 3, S, S) normalised pixels -> (B, P), and `forward_text`, (C, L) token ids and mask -> (C, P).
     """
 
     cfg: CFG
     tokenizer: PreTrainedTokenizerBase
     max_log_scale: float | torch.Tensor  # training clamps `log_scale` here
     padded_length: int | None = None  # of every caption in the text tower; None: padded to the longest of the batch
-
-    def forward_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) normalised pixels -> (B, P), through tower and head."""
-        raise NotImplementedError
-
-    def forward_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(C, L) token ids and mask -> (C, P), through tower and head."""
-        raise NotImplementedError
 
     @property
     def logit_scale(self) -> torch.Tensor:
@@ -90,15 +82,12 @@ class DualEncoder(nn.Module):
         """(B, 3, S, S) pixels -> (B, P) L2-normalised. uint8 pixels are normalised here, floats are not."""
         if pixel_values.dtype == torch.uint8:
             pixel_values = self.normalize_pixels(pixel_values)
-        with autocast(self.cfg, "image", self.device):
-            embeddings = self.forward_image(pixel_values.contiguous(memory_format=memory_format(self.cfg)))
-        return F.normalize(embeddings.float(), dim=-1)
+        return self._embed("image", self.forward_image, pixel_values.contiguous(memory_format=memory_format(self.cfg)))
 
     def normalize_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 pixels -> float32, with the mean and deviation that the image tower expects.
 
-        In one pass over rows of S x 3 numbers: three channels alone would not fill the processor's vectors, which
-        makes this nine times as fast on a CPU.
+        In one pass over rows of S x 3 numbers, which is nine times as fast on a CPU as over three channels.
         """
         b, _, height, width = pixel_values.shape
         rows = pixel_values.permute(0, 2, 3, 1).reshape(b * height, width * 3)
@@ -108,21 +97,22 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(C, L) token ids and mask -> (C, P) L2-normalised."""
-        with autocast(self.cfg, "text", self.device):
-            embeddings = self.forward_text(input_ids, attention_mask)
-        return F.normalize(embeddings.float(), dim=-1)
+        return self._embed("text", self.forward_text, input_ids, attention_mask)
 
     def project(self, tower: str, features: torch.Tensor) -> torch.Tensor:
         """Features of the "image" or "text" tower, (N, D), through its head -> (N, P) L2-normalised."""
+        return self._embed(tower, self.heads[tower], features)
+
+    def _embed(self, tower: str, forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         with autocast(self.cfg, tower, self.device):
-            projected = self.heads[tower](features)
-        return F.normalize(projected.float(), dim=-1)
+            embeddings = forward(*inputs)
+        return F.normalize(embeddings.float(), dim=-1)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch -> image embeddings (B, P) and text embeddings (C, P).
 
-        `image_features` (B, D) or `text_features` (C, D) in the batch, cached outputs of a frozen backbone, take the
-        place of `pixel_values` or of `input_ids` and `attention_mask`.
+        Instead of pixels or tokens it may have `image_features` (B, D) or `text_features` (C, D), cached outputs of a
+        frozen backbone.
         """
         if self.training:  # at its clamp or beyond, the scale has no gradient and would never come back
             self.log_scale.data.clamp_(max=self.max_log_scale - 1e-6)
@@ -152,24 +142,14 @@ class DualEncoder(nn.Module):
         return self
 
 
-def _chunks(attention_mask: torch.Tensor) -> list[tuple[torch.Tensor | slice, int]]:
-    """Captions that go through a tower together, as rows of the mask (C, L), and their padded length.
-
-    On a CPU these are captions of similar length, since padding costs as much time as words there.
-    """
-    if attention_mask.device.type != "cpu" or len(attention_mask) <= _CHUNK:
-        return [(slice(None), attention_mask.shape[1])]
-    lengths, order = attention_mask.sum(1).sort(stable=True)
-    return [(rows, int(longest[-1])) for rows, longest in zip(order.split(_CHUNK), lengths.split(_CHUNK), strict=True)]
-
-
 def features_in_chunks(tower, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """`tower(input_ids, attention_mask)` (C, D), chunk by chunk."""
-    chunks = _chunks(attention_mask)
-    parts = [tower(input_ids[rows, :length], attention_mask[rows, :length]) for rows, length in chunks]
-    if len(chunks) == 1:
-        return parts[0]
-    return torch.cat(parts)[torch.cat([rows for rows, _ in chunks]).argsort()]  # (C, D)
+    """`tower(input_ids, attention_mask)` (C, D); on a CPU, where padding costs time, by captions of similar length."""
+    if attention_mask.device.type != "cpu" or len(attention_mask) <= _CHUNK:
+        return tower(input_ids, attention_mask)
+    lengths, order = attention_mask.sum(1).sort(stable=True)
+    chunks = zip(order.split(_CHUNK), lengths.split(_CHUNK), strict=True)
+    parts = [tower(input_ids[rows, : n[-1]], attention_mask[rows, : n[-1]]) for rows, n in chunks]
+    return torch.cat(parts)[order.argsort()]  # (C, D)
 
 
 class CLIPModel(DualEncoder):
@@ -200,8 +180,8 @@ class CLIPModel(DualEncoder):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / cfg.temperature)), cfg.loss != "soft_target")
         # SigLIP's bias (Zhai et al. 2023, section 3): without it the many negatives swamp the first steps
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if cfg.loss == "sigmoid" else None
-        for name, default in (("mean", _IMAGENET_MEAN), ("std", _IMAGENET_STD)):
-            values = torch.tensor(list(getattr(self.image_encoder, name, default))).view(1, 3, 1, 1)
+        for name, imagenet in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            values = torch.tensor(list(getattr(self.image_encoder, name, imagenet))).view(1, 3, 1, 1)
             self.register_buffer(name, 255 * values, persistent=False)
         freeze(self, cfg)
         self.apply_memory_format()
@@ -229,7 +209,5 @@ class CLIPModel(DualEncoder):
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raise UserError where a tokenizer has more tokens than a text tower has embeddings."""
     if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"text_tokenizer has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}: "
-            "leave text_tokenizer empty for the encoder's own"
-        )
+        sizes = f"has {len(tokenizer):,} tokens, but the text encoder has embeddings for {vocab_size:,}"
+        raise UserError(f"text_tokenizer {sizes}: leave text_tokenizer empty for the encoder's own")

@@ -22,13 +22,13 @@ _KNOWN_CONFIGS = {
 def build_image_encoder(cfg: CFG) -> nn.Module:
     """The image encoder of `cfg.model_name`: a timm model, or what `module:function` returns for `cfg`.
 
-    Such a module of the user's own maps (B, 3, S, S) normalised pixels to (B, D) and has `out_dim`, D. Optional are
-    `mean` and `std` of the pixels (three numbers each in 0 to 1; ImageNet's otherwise) and `size`, S where cfg.size is
-    0. Its function is called again, with cfg.pretrained False, when a saved model is loaded.
+    Such a module maps (B, 3, S, S) normalised pixels to (B, D) and has `out_dim`, D. Optional are `mean` and `std` of
+    the pixels (three numbers each in 0 to 1; ImageNet's otherwise) and `size`, S where cfg.size is 0. Its function is
+    called again, with cfg.pretrained False, when a saved model is loaded.
     """
     if not is_function(cfg.model_name):
         return ImageEncoder(cfg.model_name, cfg.pretrained, cfg.trainable, cfg.image_weights, cfg.size)
-    encoder = _own_encoder(cfg.model_name, "model_name", cfg)
+    encoder = _own_encoder(cfg, "model_name")
     if cfg.pretrained and cfg.image_weights:
         load_weights(encoder, cfg.image_weights)
     return encoder
@@ -37,15 +37,15 @@ def build_image_encoder(cfg: CFG) -> nn.Module:
 def build_text_encoder(cfg: CFG, vocab_size: int, config: object = None) -> nn.Module:
     """The text encoder of `cfg.text_encoder_model`: a transformers model, or what `module:function` returns for `cfg`.
 
-    Such a module of the user's own maps `input_ids` and `attention_mask` (C, L) to (C, D) and has `out_dim`, D.
+    Such a module maps `input_ids` and `attention_mask` (C, L) to (C, D) and has `out_dim`, D.
     """
-    name = cfg.text_encoder_model
-    if is_function(name):
-        return _own_encoder(name, "text_encoder_model", cfg)
-    return TextEncoder(name, cfg.pretrained, cfg.trainable, cfg.text_pooling, vocab_size, config)
+    if is_function(cfg.text_encoder_model):
+        return _own_encoder(cfg, "text_encoder_model")
+    return TextEncoder(cfg.text_encoder_model, cfg.pretrained, cfg.trainable, cfg.text_pooling, vocab_size, config)
 
 
-def _own_encoder(name: str, setting: str, cfg: CFG) -> nn.Module:
+def _own_encoder(cfg: CFG, setting: str) -> nn.Module:
+    name = getattr(cfg, setting)
     encoder = import_function(name, setting)(cfg)
     if not isinstance(encoder, nn.Module) or not isinstance(getattr(encoder, "out_dim", None), int):
         raise UserError(f"{setting} {name!r} must return a torch module whose out_dim is the number of its features")
@@ -53,7 +53,7 @@ def _own_encoder(name: str, setting: str, cfg: CFG) -> nn.Module:
 
 
 class Tower(nn.Module):
-    """A network as `model` with `out_dim` features. Where it is not `trainable` it is frozen and stays in eval mode."""
+    """A network as `model` with `out_dim` features; frozen, and always in eval mode, where it is not `trainable`."""
 
     def __init__(self, model: nn.Module, out_dim: int, trainable: bool):
         super().__init__()
@@ -86,7 +86,7 @@ class ImageEncoder(Tower):
         except RuntimeError as error:  # a tag that timm does not know, as in resnet18.nosuch
             raise UserError(f"model_name {model_name!r}: {error}") from error
         options = {"num_classes": 0}
-        if size and default is not None and default.fixed_input_size:
+        if size and default and default.fixed_input_size:
             options["img_size"] = size
         if pretrained and not weights:
             remedy = "Give image_weights a local .safetensors or .pth file, or --no-pretrained"
@@ -111,28 +111,31 @@ class ImageEncoder(Tower):
 class TextEncoder(Tower):
     """Any transformers text encoder: (C, L) token ids and mask -> (C, D), the first token or the mean.
 
-    `model_name` is a hub name, a local folder or `package:NAME/FOLDER`. Random weights of the common
-    architectures need no hub; `vocab_size` then is the tokenizer's. Raises UserError as ImageEncoder does.
+    `model_name` is a hub name, a local folder or `package:NAME/FOLDER`. Random weights of the common architectures need
+    no hub; `vocab_size` then is the tokenizer's. Raises UserError as ImageEncoder does.
     """
 
     def __init__(
         self, model_name: str = "distilbert-base-uncased", pretrained: bool = True, trainable: bool = True,
         pooling: str = "cls", vocab_size: int | None = None, config: object = None,
     ):  # fmt: skip
+        from transformers import AutoConfig
+
         if pretrained:
-            model = _pretrained_text_model(model_name)
+            model = _load(_auto_model(_load(AutoConfig, model_name)), model_name)
         else:
-            model = _random_text_model(config or text_config(model_name), vocab_size)
+            config = config or text_config(model_name)
+            if vocab_size is not None:
+                config.vocab_size = vocab_size
+                if (getattr(config, "pad_token_id", None) or 0) >= vocab_size:
+                    config.pad_token_id = 0  # of a larger vocabulary
+            model = _auto_model(config).from_config(config)
         model.float()  # transformers loads the precision of the file, which may be half
-        if getattr(model, "pooler", None) is not None:
+        if hasattr(model, "pooler"):
             model.pooler = None  # its output is not used: it would be parameters that never learn
         super().__init__(model, model.config.hidden_size, trainable)
         self.pooling = pooling
-
-    @property
-    def max_length(self) -> int:
-        """The longest caption that the position embeddings allow, in tokens."""
-        return max_positions(self.model.config) or 10**6
+        self.max_length = max_positions(model.config) or 10**6  # of a caption, in tokens
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         features = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (C, L, D)
@@ -155,18 +158,18 @@ def text_config(model_name: str):
 
     if model_name in SMALL_BERTS:
         layers, hidden = SMALL_BERTS[model_name]
-        heads = hidden // 64
-        sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-        return AutoConfig.for_model("bert", **sizes, intermediate_size=4 * hidden)
+        sizes = {"hidden_size": hidden, "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden}
+        return AutoConfig.for_model("bert", num_hidden_layers=layers, **sizes)
     if model_name in _KNOWN_CONFIGS:
         return AutoConfig.for_model(_KNOWN_CONFIGS[model_name])
-    return _load(AutoConfig, model_name, "Give text_encoder_model a local folder, or one of the built-in names")
+    return _load(AutoConfig, model_name, "one of the built-in names")
 
 
-def _load(auto_class, model_name: str, remedy: str):
+def _load(auto_class, model_name: str, alternative: str = "--no-pretrained"):
     known = [*SMALL_BERTS, *_KNOWN_CONFIGS]
     near = "" if model_name in known else suggest(model_name, known)
-    return load_pretrained(auto_class, model_name, "text_encoder_model", "the text encoder", f"{remedy}.{near}")
+    remedy = f"Give text_encoder_model a local folder, or {alternative}.{near}"
+    return load_pretrained(auto_class, model_name, "text_encoder_model", "the text encoder", remedy)
 
 
 def _auto_model(config):
@@ -176,21 +179,6 @@ def _auto_model(config):
     # The saved configuration of a T5 encoder says that there is no decoder, but has its number of layers
     has_decoder = getattr(config, "is_encoder_decoder", False) or hasattr(config, "num_decoder_layers")
     return AutoModelForTextEncoding if has_decoder else AutoModel
-
-
-def _pretrained_text_model(model_name: str) -> nn.Module:
-    from transformers import AutoConfig
-
-    remedy = "Give text_encoder_model a local folder, or --no-pretrained"
-    return _load(_auto_model(_load(AutoConfig, model_name, remedy)), model_name, remedy)
-
-
-def _random_text_model(config, vocab_size: int | None) -> nn.Module:
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
-        if (getattr(config, "pad_token_id", None) or 0) >= vocab_size:
-            config.pad_token_id = 0  # of a larger vocabulary
-    return _auto_model(config).from_config(config)
 
 
 def load_weights(model: nn.Module, weights: str) -> None:
@@ -210,11 +198,9 @@ def load_weights(model: nn.Module, weights: str) -> None:
     state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     expected = model.state_dict()
     if not state.keys() & expected.keys():
-        # The names are another code base's, but the order of the layers is the same
-        state = dict(zip(expected, state.values(), strict=False))
+        state = dict(zip(expected, state.values(), strict=False))  # another code base's names, the same order of layers
     for name, tensor in expected.items():
-        found = state.get(name)
-        if found is None or found.shape != tensor.shape:
-            shape = "is missing" if found is None else f"has shape {tuple(found.shape)}"
+        if name not in state or state[name].shape != tensor.shape:
+            shape = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
             raise UserError(f"image_weights: {path} does not fit: {name} {shape}, expected {tuple(tensor.shape)}")
     model.load_state_dict({name: state[name] for name in expected})

@@ -27,8 +27,6 @@ _ADAPTER = "default"  # the name that PEFT gives a set of LoRA matrices by defau
 
 
 class Place(NamedTuple):
-    """The position of a parameter in a model."""
-
     part: str  # image, text or head
     below_top: int  # blocks between it and the top of its tower; 0 in the last block and in a head
     is_lora: bool
@@ -43,7 +41,7 @@ def frozen_parts(cfg: CFG) -> dict[str, str]:
 def freeze(model: nn.Module, cfg: CFG) -> None:
     """Freeze the towers and heads of a dual encoder by `image_freeze` and `text_freeze`.
 
-    Raises UserError where a tower has too few blocks, where nothing would train, and for lora without PEFT.
+    Raises UserError where a tower has too few blocks, nothing would train, or PEFT is missing for lora.
     """
     asked = frozen_parts(cfg)
     if set(asked.values()) == {"all"}:
@@ -56,16 +54,12 @@ def freeze(model: nn.Module, cfg: CFG) -> None:
 def _freeze_tower(tower: nn.Module, value: str, setting: str, rank: int) -> None:
     word, _, count = value.partition(":")
     if word == "lora":
-        _add_lora(tower, rank, setting)
-        return
+        return _add_lora(tower, rank, setting)
     number, depth = blocks(tower)
     n = int(count or 0)
-    if word == "first" and n >= depth:
-        raise UserError(f"{setting} {value}: the tower has {depth} blocks. To freeze them all, set it to backbone")
-    if word == "all-but-last" and n > depth:
-        raise UserError(f"{setting} {value}: the tower has {depth} blocks")
-    above = depth + 2  # nothing trains
-    lowest = {"none": 0, "first": n + 1, "all-but-last": depth - n + 1, "backbone": above, "all": above}[word]
+    if n > depth or (word == "first" and n == depth):
+        raise UserError(f"{setting} {value}: the tower has {depth} blocks. Set it to backbone, or a smaller number")
+    lowest = {"none": 0, "first": n + 1, "all-but-last": depth - n + 1}.get(word, depth + 2)  # of those that train
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(number[name] >= lowest)
 
@@ -75,15 +69,16 @@ def blocks(tower: nn.Module) -> tuple[dict[str, int], int]:
 
     The stem (embeddings, first convolution) is 0; what comes after the last block is one more than the depth.
     """
-    names = [name for name, _ in tower.named_parameters()]
     network, prefix = (tower.timm_model, "timm_model.") if hasattr(tower, "timm_model") else (tower, "")
     if hasattr(network, "group_matcher"):  # timm knows the blocks of its families
         from timm.models import group_parameters
 
         # The last group holds what belongs to no block; the name "" does in every family
         named = SimpleNamespace(named_parameters=lambda: [*network.named_parameters(), ("", None)])
-        groups = group_parameters(named, network.group_matcher(coarse=True))  # number -> names; the stem is 0
-        return {prefix + name: number for number, group in groups.items() for name in group if name}, max(groups) - 1
+        number = group_parameters(named, network.group_matcher(coarse=True), reverse=True)
+        depth = number.pop("") - 1
+        return {prefix + name: n for name, n in number.items()}, depth
+    names = [name for name, _ in tower.named_parameters()]
     lists = [(name, module) for name, module in tower.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         return dict.fromkeys(names, 1), 1
@@ -99,7 +94,7 @@ def blocks(tower: nn.Module) -> tuple[dict[str, int], int]:
 
 
 def places(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
-    """Every parameter of a dual encoder with its place; those outside the towers belong to the heads."""
+    """Every parameter of a dual encoder with its place; what is outside the towers belongs to the heads."""
     heads = {id(p) for head in model.heads.values() for p in head.parameters()}
     place_of: dict[int, Place] = {}
     for part, tower in model.towers.items():
@@ -112,7 +107,7 @@ def places(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(trained, all) parameters of the image tower, the text tower and the heads."""
+    """How many parameters of the image tower, the text tower and the heads train, and how many there are."""
     counts = dict.fromkeys(("image", "text", "head"), (0, 0))
     for place, parameter in places(model):
         trained, total = counts[place.part]
@@ -140,21 +135,15 @@ def _add_lora(tower: nn.Module, rank: int, setting: str) -> None:
         raise UserError(f"{setting} lora needs another library: pip install 'clip_scratch[lora]'") from error
 
     number, depth = blocks(tower)
-    inside_attention = tuple(
-        f"{name}." for name, module in tower.named_modules() if isinstance(module, nn.MultiheadAttention)
-    )  # torch's attention uses the weights of its linear layers without calling them, so LoRA would have no effect
-    targets = [
-        name
+    # Not subclasses of Linear: torch's attention uses the weights of its own without calling it
+    pattern = "|".join(
+        re.escape(name)
         for name, module in tower.named_modules()
-        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        if (type(module) is nn.Linear or (isinstance(module, nn.Conv2d) and module.groups == 1))
         and 1 <= number.get(f"{name}.weight", 0) <= depth
-        and not (inside_attention and name.startswith(inside_attention))
-    ]
-    if not targets:
-        raise UserError(
-            f"{setting} lora: the tower's blocks have no linear layers. Set it to none, first:N or all-but-last:N"
-        )
-    pattern = "|".join(map(re.escape, targets))
+    )
+    if not pattern:
+        raise UserError(f"{setting} lora: the tower's blocks have no linear layers. Set it to none or first:N")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern), tower, _ADAPTER)
 
 

@@ -1,8 +1,4 @@
-"""A pretrained CLIP from transformers behind the interface of our own dual encoder.
-
-Any model with CLIP's two towers: CLIP, SigLIP and SigLIP 2, Chinese-CLIP, VisionTextDualEncoder. It brings its image
-size, pixel statistics, tokenizer and longest caption.
-"""
+"""A pretrained CLIP from transformers: CLIP, SigLIP and SigLIP 2, Chinese-CLIP, VisionTextDualEncoder and the like."""
 
 from __future__ import annotations
 
@@ -26,17 +22,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 OPENAI_BASE = "openai/clip-vit-base-patch32"  # its architecture is the default of transformers' CLIPConfig
-_REMEDY = (
-    "Download it where there is a network (hf download NAME --local-dir FOLDER) and set --model-name to that folder"
-)
-_FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers; others are hardly used, bicubic is the nearest
+_REMEDY = "Download it where there is a network (hf download NAME --local-dir FOLDER); set --model-name to that folder"
+# Settings of encoders and heads that are built from scratch; a pretrained CLIP has its own
+_FROM_SCRATCH = (
+    "image_weights", "image_dropout", "text_encoder_model", "text_pooling", "text_dropout", "head", "projection_dim",
+    "dropout", "temperature",
+)  # fmt: skip
 
 
 class HFCLIPModel(DualEncoder):
-    """A transformers model with `get_image_features` and `get_text_features`, as `hf`.
+    """A transformers model as `hf`, with its own image size, pixel statistics, tokenizer and longest caption.
 
     `tokenizer` and `hf_config` rebuild a saved model without a hub; its weights and pixel statistics are loaded
-    afterwards. Raises UserError for a model that is not of this kind or not available.
+    afterwards. Raises UserError for a model without CLIP's two towers or not available.
     """
 
     ARCHITECTURE = "clip_config.json"  # of a run's best/: what `hf_config` is
@@ -47,19 +45,22 @@ class HFCLIPModel(DualEncoder):
     ):  # fmt: skip
         super().__init__()
         cfg = cfg() if isinstance(cfg, type) else cfg
-        self.hf = _random(hf_config) if hf_config is not None else _from_source(cfg)
+        self.hf = _hf_model(cfg, hf_config)
         config = self.hf.config
         if not _is_clip(self.hf):
             raise UserError(f"model_name {cfg.model_name!r} is a {config.model_type} model, without CLIP's two towers")
-        if hf_config is None:
-            _refuse_foreign_settings(cfg)
-        own = {} if hf_config is not None else _image_geometry(cfg)
-        mean, std = (own.pop(name, [0.5] * 3) for name in ("mean", "std"))
-        if cfg.size and own and cfg.size != own["size"]:
-            raise UserError(f"size {cfg.size}: {cfg.model_name} takes {own['size']} pixels a side. Leave --size at 0")
+        own, mean, std = {}, [0.5] * 3, [0.5] * 3
+        if not hf_config:
+            own, mean, std = _image_geometry(cfg)
+            if cfg.size not in (0, own["size"]):
+                raise UserError(f"size {cfg.size}: {cfg.model_name} takes {own['size']} pixels a side: use --size 0")
+            for name in _FROM_SCRATCH:
+                if getattr(cfg, name) != getattr(CFG, name):
+                    raise UserError(f"{name} is for models from scratch, and {cfg.model_name} is none. Leave it out")
         if cfg.loss == "auto":
             own["loss"] = "sigmoid" if hasattr(self.hf, "logit_bias") else "infonce"
-        self.cfg = cfg = dataclasses.replace(cfg, projection_dim=_projection_dim(config), **own)
+        own["projection_dim"] = getattr(config, "projection_dim", 0) or self.heads["text"].out_features  # SigLIP's
+        self.cfg = cfg = dataclasses.replace(cfg, **own)
 
         self.tokenizer = tokenizer or build_tokenizer(dataclasses.replace(cfg, text_encoder_model=cfg.model_name))
         if cfg.text_tokenizer:
@@ -72,9 +73,8 @@ class HFCLIPModel(DualEncoder):
         # Saved with the weights, since a run holds no image processor
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
-        self.own_bias = None
-        if cfg.loss == "sigmoid" and not hasattr(self.hf, "logit_bias"):
-            self.own_bias = nn.Parameter(torch.tensor(-10.0))
+        lacks_bias = cfg.loss == "sigmoid" and not hasattr(self.hf, "logit_bias")
+        self.own_bias = nn.Parameter(torch.tensor(-10.0)) if lacks_bias else None
         # Some models, SigLIP among them, were trained beyond CLIP's clamp
         highest = self.hf.logit_scale.detach().reshape(()).clamp(min=math.log(MAX_LOGIT_SCALE))
         self.register_buffer("max_log_scale", highest.clone())
@@ -89,10 +89,10 @@ class HFCLIPModel(DualEncoder):
     @property
     def heads(self) -> dict[str, nn.Module]:
         """The projections into the shared space: layers beside the towers, or SigLIP's last layer of each tower."""
-        heads = {"image": "visual_projection", "text": "text_projection"}
+        hf = self.hf
         return {
-            part: getattr(self.hf, name) if hasattr(self.hf, name) else self.towers[part].head
-            for part, name in heads.items()
+            "image": hf.visual_projection if hasattr(hf, "visual_projection") else hf.vision_model.head,
+            "text": hf.text_projection if hasattr(hf, "text_projection") else hf.text_model.head,
         }
 
     @property
@@ -102,19 +102,26 @@ class HFCLIPModel(DualEncoder):
     @property
     def logit_bias(self) -> nn.Parameter | None:
         """The bias that the sigmoid loss adds to every logit; None for the other losses."""
-        if self.cfg.loss != "sigmoid":
-            return None
-        return self.hf.logit_bias if self.own_bias is None else self.own_bias
+        own = self.own_bias if self.own_bias is not None else getattr(self.hf, "logit_bias", None)
+        return own if self.cfg.loss == "sigmoid" else None
 
     def architecture(self) -> PretrainedConfig:
-        """The transformers configuration that, with `cfg`, rebuilds this model without a hub."""
         return self.hf.config
 
     def forward_image(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        inputs = {"pixel_values": pixel_values}
-        if self.hf.config.model_type == "siglip2":
-            inputs = _patches(pixel_values, self.hf.config.vision_config.patch_size)
+        is_naflex = self.hf.config.model_type == "siglip2"
+        inputs = self._patches(pixel_values) if is_naflex else {"pixel_values": pixel_values}
         return self.hf.get_image_features(**inputs).pooler_output  # (B, P)
+
+    def _patches(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """SigLIP 2's input for images of any shape (NaFlex): (B, 3, S, S) -> patches, their mask and their grid."""
+        side = self.hf.config.vision_config.patch_size
+        n = pixel_values.shape[-1] // side
+        patches = pixel_values.unflatten(2, (n, side)).unflatten(4, (n, side))  # (B, 3, n, side, n, side)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, n * n, side * side * 3)
+        mask = patches.new_ones(patches.shape[:2], dtype=torch.long)
+        grid = torch.full((len(patches), 2), n, device=patches.device)
+        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": grid}
 
     def forward_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         if self.padded_length:
@@ -137,46 +144,15 @@ def _is_clip(hf: nn.Module) -> bool:
     return towers and all(hasattr(hf, name) for name in ("get_image_features", "get_text_features", "logit_scale"))
 
 
-# Settings of the encoders and heads that are built from scratch; a pretrained CLIP has its own.
-_FROM_SCRATCH = (
-    "image_weights", "image_dropout", "text_encoder_model", "text_pooling", "text_dropout", "head", "projection_dim",
-    "dropout", "temperature",
-)  # fmt: skip
-
-
-def _refuse_foreign_settings(cfg: CFG) -> None:
-    """Raise UserError for a setting that would have no effect."""
-    for name in _FROM_SCRATCH:
-        if getattr(cfg, name) != getattr(CFG, name):
-            raise UserError(f"{name} is for models from scratch and has no effect on {cfg.model_name}. Leave it out")
-
-
-def _patches(pixel_values: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
-    """SigLIP 2's input for images of any shape (NaFlex): (B, 3, S, S) -> patches, their mask and their grid."""
-    n = pixel_values.shape[-1] // size
-    patches = pixel_values.unflatten(2, (n, size)).unflatten(4, (n, size))  # (B, 3, n, size, n, size)
-    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, n * n, size * size * 3)
-    return {
-        "pixel_values": patches,
-        "pixel_attention_mask": patches.new_ones(patches.shape[:2], dtype=torch.long),
-        "spatial_shapes": torch.full((len(patches), 2), n, device=patches.device),
-    }
-
-
-def _random(config: PretrainedConfig) -> nn.Module:
-    from transformers import AutoModel
-
-    return AutoModel.from_config(config, dtype=torch.float32)
-
-
-def _from_source(cfg: CFG) -> nn.Module:
-    """The model of a local folder or a hub name, in fp32; its architecture alone with --no-pretrained."""
+def _hf_model(cfg: CFG, config: PretrainedConfig | None) -> nn.Module:
+    """The pretrained model in fp32, or one of random weights from `config` or with --no-pretrained."""
     from transformers import AutoConfig, AutoModel, CLIPConfig
 
-    if not cfg.pretrained:
-        known = cfg.model_name == OPENAI_BASE
-        return _random(CLIPConfig() if known else _load(AutoConfig, cfg, "the configuration of the CLIP"))
-    # In fp32, whatever the precision of the file
+    if not config and not cfg.pretrained:
+        is_default = cfg.model_name == OPENAI_BASE
+        config = CLIPConfig() if is_default else _load(AutoConfig, cfg, "the configuration of the CLIP")
+    if config:
+        return AutoModel.from_config(config, dtype=torch.float32)
     model, loading = _load(AutoModel, cfg, "the CLIP", dtype=torch.float32, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"model_name: {cfg.model_name} has no weights for {len(missing)} tensors, {missing[0]} first")
@@ -187,11 +163,12 @@ def _load(auto_class, cfg: CFG, what: str, **options: object):
     return load_pretrained(auto_class, cfg.model_name, "model_name", what, _REMEDY, **options)
 
 
-def _image_geometry(cfg: CFG) -> dict[str, object]:
-    """size, resize, interpolation, mean and std of the model's image processor.
+def _image_geometry(cfg: CFG) -> tuple[dict[str, object], list[float], list[float]]:
+    """The settings size, resize and interpolation of the model's image processor, and its mean and std.
 
     SigLIP 2 for images of any shape (NaFlex) keeps their aspect ratio; here they are stretched to a square.
     """
+    from PIL.Image import Resampling
     from transformers import AutoImageProcessor, CLIPImageProcessor
 
     if not cfg.pretrained and cfg.model_name == OPENAI_BASE:
@@ -199,7 +176,7 @@ def _image_geometry(cfg: CFG) -> dict[str, object]:
     else:
         processor = _load(AutoImageProcessor, cfg, "the image processor of the CLIP")
     size = dict(getattr(processor, "size", None) or {})
-    if getattr(processor, "max_num_patches", None):  # SigLIP 2 for images of any shape: the square of so many patches
+    if getattr(processor, "max_num_patches", None):  # NaFlex: the square of so many patches
         size = {"height": processor.patch_size * int(processor.max_num_patches**0.5)}
     short = size.get("shortest_edge")
     crop = bool(getattr(processor, "do_center_crop", False))
@@ -207,19 +184,10 @@ def _image_geometry(cfg: CFG) -> dict[str, object]:
     if short and short < 384 and getattr(processor, "crop_pct", None):  # ConvNeXT's: resized to more, then cropped
         crop, short = True, int(short / processor.crop_pct)
     if not side or any(getattr(processor, name, None) is None for name in ("resample", "image_mean", "image_std")):
-        raise UserError(
-            f"model_name: {cfg.model_name} has a {type(processor).__name__}, without the size of its images"
-        )
-    return {
+        raise UserError(f"model_name: {cfg.model_name} has a {type(processor).__name__}, without its images' size")
+    settings = {
         "size": int(side),
         "resize": (f"crop:{short}" if short and short != side else "crop") if crop else "stretch",
-        "interpolation": _FILTERS.get(int(processor.resample), "bicubic"),
-        "mean": list(processor.image_mean),
-        "std": list(processor.image_std),
+        "interpolation": "bilinear" if processor.resample == Resampling.BILINEAR else "bicubic",  # the usual two
     }
-
-
-def _projection_dim(config: PretrainedConfig) -> int:
-    """P: CLIP's setting, or the width of SigLIP's text head, which is also that of its image tower."""
-    own = getattr(config, "projection_dim", None)
-    return own or getattr(config.text_config, "projection_size", None) or config.text_config.hidden_size
+    return settings, list(processor.image_mean), list(processor.image_std)

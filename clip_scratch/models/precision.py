@@ -1,8 +1,7 @@
 """In which precision each tower computes, and the memory format of the image tower.
 
 `cfg.precision` is one word for both towers, or one for each: "fp32/bf16" is image in fp32, text in bf16. Weights stay
-in fp32; autocast converts them. A precision that the device does not compute is replaced by fp32, so that a model
-trained in bf16 or fp16 loads anywhere.
+in fp32. A precision that the device does not compute is replaced by fp32, so that a trained model loads anywhere.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 model.safetensors    weights; epoch, metrics and git commit in its header
 config.json          the settings of the model, as resolved; the run folder's own config.json holds those asked for
 text_config.json     the transformers configuration of the text tower (clip_config.json for a pretrained CLIP)
-metrics.json         epoch, metrics and git commit again, for people to read
-tokenizer files
+metrics.json         epoch, metrics and git commit again, beside the tokenizer's files
 
 Nothing is unpickled. An encoder of the user's own, `module:function`, is imported, but not from the run folder.
 """
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..config import CFG
+from ..device import pick_device
 from ..errors import UserError
 from ..files import write_atomically, write_json
 from ..hub import is_function
@@ -50,7 +50,7 @@ def prepare_best(folder: Path, model: DualEncoder, cfg: CFG) -> None:
 
 
 def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[str, float]) -> None:
-    """Replace the weights of `best/` in one rename; their header has the epoch, the metrics and the commit.
+    """Replace the weights of `best/` in one rename.
 
     LoRA's updates are merged into the weights, so that loading needs no PEFT; in bf16 the merged model's metrics may
     differ from `metrics` in the last digit shown.
@@ -65,11 +65,8 @@ def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[st
 
 
 def best_folder(run: str | Path) -> Path:
-    """The `best/` of a run that is named by its folder or by `best/` itself. Raises UserError where it is no run."""
-    best = Path(run, "best") if os.path.isdir(Path(run, "best")) else Path(run)
-    if not os.path.isfile(best / SETTINGS):
-        raise UserError(f"{run} is not a run folder: there is no {best / SETTINGS}")
-    return best
+    """The `best/` of a run that is named by its folder or by `best/` itself."""
+    return Path(run, "best") if os.path.isdir(Path(run, "best")) else Path(run)
 
 
 def run_config(folder: str | Path) -> CFG:
@@ -86,7 +83,7 @@ def run_config(folder: str | Path) -> CFG:
 
 
 def bare_model(best: Path, training: bool = False) -> DualEncoder:
-    """The model that the static files of a `best/` folder describe, with random weights; no hub is asked.
+    """The model that the settings in a `best/` folder describe, with random weights and without asking a hub.
 
     For `training` with LoRA's matrices, where its settings have them. Raises UserError for another or a damaged folder.
     """
@@ -98,15 +95,14 @@ def bare_model(best: Path, training: bool = False) -> DualEncoder:
     try:
         config = json.loads((best / model_cls.ARCHITECTURE).read_text())
         architecture = None if config is None else AutoConfig.for_model(**config)
-        tokenizer = AutoTokenizer.from_pretrained(
-            best, config=architecture, local_files_only=True, trust_remote_code=False
-        )
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(best, config=architecture, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{best} is damaged: {str(error).splitlines()[0]}") from error
     bare = dataclasses.replace(cfg, pretrained=False, image_weights="", text_tokenizer="")
-    if not training:
-        merged = {name: "none" for name in ("image_freeze", "text_freeze") if getattr(cfg, name) == "lora"}
-        bare = dataclasses.replace(bare, **merged)
+    for name in ("image_freeze", "text_freeze"):
+        if not training and getattr(cfg, name) == "lora":
+            setattr(bare, name, "none")  # its updates are merged
     model = model_cls(bare, tokenizer, architecture)
     model.cfg = cfg
     return model
@@ -118,25 +114,25 @@ def _refuse_code_in(best: Path, cfg: CFG) -> None:
     for name in filter(is_function, (cfg.model_name, cfg.text_encoder_model)):
         file = Path(*name.partition(":")[0].split("."))
         if any(Path(entry, file).resolve().is_relative_to(run) for entry in sys.path):
-            raise UserError(
-                f"{best / SETTINGS}: no code is imported from a run folder. Put the module of {name} elsewhere"
-            )
+            message = f"no code is imported from a run folder. Put the module of {name} elsewhere"
+            raise UserError(f"{best / SETTINGS}: {message}")
 
 
 def load(path: str | Path, device: str = "cpu") -> DualEncoder:
-    """The trained model of a run folder or of its `best/`, in eval mode; no hub and no flag is needed.
+    """The trained model of a run folder or of its `best/`, in eval mode.
 
-    Raises UserError where the folder is no run, has no best model yet, or holds damaged weights.
+    Raises UserError where the folder is no run, has no best model yet, or is damaged, and for a `device` that is not
+    available; "auto" is the best one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    best = best_folder(path)
-    if not (best / WEIGHTS).is_file():
-        raise UserError(f"{best} holds no weights yet: the run has not finished its first epoch")
+    target, best = pick_device(CFG(device=device, precision="auto")), best_folder(path)
     model = bare_model(best)
     try:
         model.load_state_dict(load_file(best / WEIGHTS))
+    except FileNotFoundError as error:
+        raise UserError(f"{best} holds no weights yet: the run has not finished its first epoch") from error
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{best / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval()
+    return model.to(target).eval()

@@ -19,7 +19,6 @@ from ..data.captions import image_folder
 from ..data.images import fault_of, load_image
 from ..data.loaders import Batch, on_device
 from ..data.tokenizer import tokenize
-from ..device import pick_device
 from ..errors import UserError
 from ..models.clip import CLIPModel, DualEncoder
 from ..models.saved import load
@@ -100,7 +99,7 @@ def get_image_embeddings(
     `valid_df["image"]`. Images are read from the folder that the run was trained on. Where the run skips bad images
     (`on_bad_image`), so does this: see `encode_image`.
     """
-    model = load(model_path, str(pick_device(CFG(device=device))))
+    model = load(model_path, device)
     numbers, names = pd.factorize(valid_df["image"])
     folder = trained_folder(model.cfg, valid_df)
     paths = [folder / name for name in names]

@@ -1,14 +1,11 @@
-"""Exact nearest neighbours: a fast scan with a known error, then float64 for the few rows that may be among the best.
+"""Exact nearest neighbours: a fast scan with a known error, then float64 for the rows that may be among the best.
 
-Q queries, N rows, P dimensions. The time of a search is that of reading the rows from memory, so where the processor
-computes in bf16 a large matrix is scanned in a bf16 copy (half the bytes; 1.8 times as fast at a million rows), and
-else in float32. Every row that may be among the best k within the error of the scan is scored again from the float32
-rows in float64: the result is that of a full scan in float64, equal scores in the order of their rows.
+Q queries, N rows, P dimensions. The result is that of a full scan in float64, equal scores in the order of their rows.
+The time is that of reading the rows from memory: where the processor computes in bf16, a large matrix is scanned in a
+bf16 copy, which takes half the bytes and half the time at a million rows.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,17 +14,16 @@ from ..device import computes_in_bf16
 from ..errors import UserError
 
 HALF_FROM = 2**22  # numbers (N * P) from which a bf16 copy pays: fewer, 16 MB of float32, stay in the CPU's cache
-_BLOCK = 64  # scores of which only the best counts when the k-th best of a scan is bounded from below
 _SCAN = 2**25  # scores computed at a time
-_CHUNK = 2**14  # rows converted at a time
+_BLOCKS = 64  # the k-th best of the maxima of disjoint blocks, found faster, bounds the k-th best from below
 
 
 class ExactSearch:
     """The rows (N, P) of greatest dot product with a query, exactly; with L2-normalised rows, of greatest cosine.
 
-    Tensors or arrays of any float type, read as float32. `half` says whether to make a bf16 copy for the scan; by
-    default where it pays. Making it takes as long as ten to twenty searches. Raises UserError for rows that are not a
-    matrix or not finite.
+    Tensors or arrays of any float type, read as float32. `half` says whether to make a bf16 copy for the scan (which
+    takes as long as ten to twenty searches); by default where it pays. Raises UserError for rows that are not a matrix
+    or not finite.
     """
 
     def __init__(self, embeddings: torch.Tensor | np.ndarray, half: bool | None = None):
@@ -36,10 +32,8 @@ class ExactSearch:
             raise UserError(f"embeddings to search are (N, P), not {tuple(rows.shape)}")
         if half is None:
             half = rows.numel() >= HALF_FROM and computes_in_bf16(rows.device)
-        self.rows = rows.numpy()  # (N, P)
-        self.half = rows.bfloat16() if half else None
-        chunks = (self.rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK))
-        longest = np.sqrt(max((np.einsum("np,np->n", chunk, chunk).max() for chunk in chunks), default=0.0))
+        self.rows, self.half = rows.numpy(), rows.bfloat16() if half else None  # (N, P)
+        longest = np.sqrt(np.einsum("np,np->n", self.rows, self.rows).max(initial=0.0))
         if not np.isfinite(longest):
             raise UserError("embeddings to search contain NaN or infinity: remove those rows, or train again")
         # A product of roundings to bf16 is off by 2 * 2^-8 of |row||query|, its own rounding by 2^-8 more, and a sum
@@ -62,36 +56,30 @@ class ExactSearch:
             raise UserError("a query contains NaN or infinity: check the model that embedded it")
         if k < 1:
             raise UserError(f"k is at least 1, not {k}")
-        k = min(k, len(self))
+        k, step = min(k, len(self)), max(1, _SCAN // max(1, len(self)))
         scores, numbers = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        if k:
-            for i, (query, scan) in enumerate(zip(queries.astype(np.float64), self._scans(queries), strict=True)):
+        for start in range(0, len(queries) if k else 0, step):
+            part = queries[start : start + step]
+            for i, (query, scan) in enumerate(zip(part.astype(np.float64), self._scan(part), strict=True), start):
                 # The true score of a row among the best k is at least the k-th best of the scan less the error, and
                 # it scans to no less than that less the error again. `not <`: a score that overflowed is a candidate
-                bound = _kth_best(scan, k) - 2 * self.error * np.linalg.norm(query)
+                blocks = (
+                    scan[: len(scan) // _BLOCKS * _BLOCKS].reshape(_BLOCKS, -1) if len(scan) >= _BLOCKS * k else scan
+                )
+                kth_best = np.partition(blocks.max(0) if blocks.ndim == 2 else blocks, -k)[-k]
+                bound = kth_best - 2 * self.error * np.linalg.norm(query)
                 candidates = np.flatnonzero(~(scan < bound))
                 exact = self._scores(query, candidates)
                 best = np.argsort(-exact, kind="stable")[:k]
                 scores[i], numbers[i] = exact[best], candidates[best]
         return torch.from_numpy(scores), torch.from_numpy(numbers)
 
-    def _scans(self, queries: np.ndarray) -> Iterator[np.ndarray]:
-        """Each query's dot products with all rows (N,), off by no more than `error` times the query's length."""
-        step = max(1, _SCAN // len(self))
-        for part in (queries[i : i + step] for i in range(0, len(queries), step)):
-            if self.half is None:
-                yield from part @ self.rows.T
-            else:
-                yield from (torch.from_numpy(part).bfloat16() @ self.half.T).float().numpy()
+    def _scan(self, queries: np.ndarray) -> np.ndarray:
+        """All dot products (Q, N), off by no more than `error` times the length of the query."""
+        if self.half is None:
+            return queries @ self.rows.T
+        return (torch.from_numpy(queries).bfloat16() @ self.half.T).float().numpy()
 
     def _scores(self, query: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Dot products in float64, summed alike for every row, so that equal rows have equal scores."""
-        parts = (numbers[i : i + _CHUNK] for i in range(0, len(numbers), _CHUNK))
-        return np.concatenate([(self.rows[part] * query).sum(1) for part in parts])
-
-
-def _kth_best(scan: np.ndarray, k: int) -> float:
-    """The k-th best of a scan (N,), or a little less: the k-th best of the maxima of blocks is found faster."""
-    if len(scan) >= _BLOCK * k:
-        scan = scan[: len(scan) // _BLOCK * _BLOCK].reshape(_BLOCK, -1).max(0)
-    return float(np.partition(scan, -k)[-k])
+        """Dot products in float64, summed alike for all rows, so that equal rows have equal scores."""
+        return (self.rows[numbers] * query).sum(1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -18,8 +18,6 @@ from ..files import write_figure
 from ..models.clip import CLIPModel
 from .embed import ImageLike, encode_image, encode_text, trained_folder
 from .exact import ExactSearch
-
-_ROWS_PER_NAME = 8  # rows to search for each name: an image mostly has one row, or one for each of five captions
 
 
 class Matches(Sequence):
@@ -60,7 +58,7 @@ class Matches(Sequence):
 
 def _columns(n: int) -> int:
     """The side of the smallest square grid for n images."""
-    return max(1, int(np.ceil(np.sqrt(n))))
+    return max(1, math.ceil(math.sqrt(n)))
 
 
 def draw_matches(results: Sequence[Matches], columns: int):
@@ -93,34 +91,31 @@ def save_grid(results: Sequence[Matches], path: str | Path, columns: int) -> Pat
     return write_figure(draw_matches(results, columns), path)
 
 
-def _search(embeddings: torch.Tensor | ExactSearch) -> ExactSearch:
-    """The search itself; bare embeddings get no bf16 copy, which takes longer to make than one search saves."""
-    return embeddings if isinstance(embeddings, ExactSearch) else ExactSearch(embeddings, half=False)
-
-
 def _best(
-    search: ExactSearch, queries: torch.Tensor, names: Sequence[str], n: int, k: int
+    embeddings: torch.Tensor | ExactSearch, queries: torch.Tensor, names: Sequence[str], n: int
 ) -> list[list[tuple[str, float]]]:
     """For each query (Q, P) the n best distinct names; a name that occurs several times counts with its best score.
 
-    Searches for the k best rows, and for more where those have fewer than n names. Rows of zeros, which stand for
-    images that could not be read, are left out.
+    Searches for 8 n rows (an image mostly has one, or one for each of five captions), and for 8 times as many where
+    those have fewer than n names. Rows of zeros, which stand for images that could not be read, are left out.
     """
+    if len(embeddings) != len(names):
+        raise UserError(f"{len(embeddings)} embeddings do not line up with {len(names)} names")
+    if n < 1:
+        raise UserError(f"n is at least 1, not {n}")
+    # For one search a bf16 copy would take longer to make than it saves
+    search = embeddings if isinstance(embeddings, ExactSearch) else ExactSearch(embeddings, half=False)
     name_of = names.iloc if isinstance(names, pd.Series) else names
-    results = []
-    for scores, rows in zip(*search.search(queries, k), strict=True):
-        found: dict[str, float] = {}
-        for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
-            if score or search.rows[row].any():
-                found.setdefault(str(name_of[row]), score)
-            if len(found) == n:
-                break
-        results.append(list(found.items()))
-    short = [i for i, result in enumerate(results) if len(result) < n]
-    if short and k < len(search):
-        for i, result in zip(short, _best(search, queries[short], names, n, _ROWS_PER_NAME * k), strict=True):
-            results[i] = result
-    return results
+    results: list[dict[str, float]] = [{} for _ in queries]
+    k, short = 8 * n, list(range(len(queries)))
+    while short:
+        for i, scores, rows in zip(short, *search.search(queries[short], k), strict=True):
+            for row, score in zip(rows.tolist(), scores.tolist(), strict=True):
+                if len(results[i]) < n and (score or search.rows[row].any()):
+                    results[i].setdefault(str(name_of[row]), score)
+        short = [i for i in short if len(results[i]) < n] if k < len(search) else []
+        k *= 8
+    return [list(result.items()) for result in results]
 
 
 def find_matches(
@@ -140,13 +135,9 @@ def find_matches(
     pass `ExactSearch(image_embeddings)`, which prepares them once. Raises UserError where the lengths differ or n is
     below 1.
     """
-    if len(image_embeddings) != len(image_filenames):
-        raise UserError(f"{len(image_embeddings)} image_embeddings, but {len(image_filenames)} image_filenames")
-    if n < 1:
-        raise UserError(f"n is at least 1, not {n}")
     queries = [query] if isinstance(query, str) else list(query)
     folder = image_path or partial(trained_folder, model.cfg)
-    best = _best(_search(image_embeddings), encode_text(model, queries), image_filenames, n, k=_ROWS_PER_NAME * n)
+    best = _best(image_embeddings, encode_text(model, queries), image_filenames, n)
     results = [Matches(q, pairs, folder) for q, pairs in zip(queries, best, strict=True)]
     if save and results:
         save_grid(results, save, _columns(len(results[0])))
@@ -165,10 +156,6 @@ def find_captions(
     `text_embeddings` (C, P) of the captions, or an ExactSearch of them as in `find_matches`, are computed where they
     are not given. Raises UserError where the lengths differ or n is below 1.
     """
-    if n < 1:
-        raise UserError(f"n is at least 1, not {n}")
     if text_embeddings is None:
         text_embeddings = encode_text(model, captions)
-    if len(text_embeddings) != len(captions):
-        raise UserError(f"{len(text_embeddings)} text_embeddings, but {len(captions)} captions")
-    return _best(_search(text_embeddings), encode_image(model, image), captions, n, k=_ROWS_PER_NAME * n)[0]
+    return _best(text_embeddings, encode_image(model, image), captions, n)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -81,7 +81,8 @@ def train_epoch(
     params = [p for p in model.parameters() if p.requires_grad]
     read_every = _READ_EVERY.get(model.device.type, _READ_EVERY_ON_GPU)
     total, unread, began = EpochStats(), _Unread(), time.perf_counter()
-    for batches in _groups(on_device(loader, model.device), cfg.accumulation):
+    ahead = on_device(loader, model.device)
+    while batches := list(islice(ahead, cfg.accumulation)):  # of a step; the last one of an epoch may have fewer
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             unread.add(batch, *backward(model, batch, loss, scaler, share=1 / len(batches)))
@@ -129,12 +130,6 @@ def spread(embeddings: torch.Tensor) -> torch.Tensor:
     n = len(embeddings)
     total = embeddings.sum(0).square().sum()  # sum of all cosines, the n of a row with itself included
     return (total - n) / max(1, n * (n - 1))
-
-
-def _groups(batches: Iterator[Batch], n: int) -> Iterator[list[Batch]]:
-    """The batches of each optimizer step; the last step of an epoch may have fewer than `n`."""
-    while group := list(islice(batches, n)):
-        yield group
 
 
 def _clip_gradients(params, optimizer, scaler, largest: float) -> torch.Tensor:

@@ -1,10 +1,9 @@
 """A run folder, held by one process: its settings, best and last checkpoints, metrics, and how it is resumed.
 
-runs/x/config.json                 the settings that were asked for
-runs/x/metrics.jsonl               a line per epoch
-runs/x/best/                       the best model; see models/saved.py. Its config.json holds the settings as resolved:
-                                   precision, image size, number of steps ...
-runs/x/last/training.safetensors   all that a resume needs; JSON and tensors, nothing is unpickled
+config.json                 the settings that were asked for
+metrics.jsonl               a line per epoch
+best/                       the best model (models/saved.py); its config.json has the resolved settings
+last/training.safetensors   all that a resume needs: tensors and JSON, nothing is unpickled
 
 Every file is replaced in one rename: a run that is killed at any moment leaves only whole files.
 """
@@ -22,9 +21,9 @@ import torch
 
 from ..config import CFG
 from ..errors import UserError
-from ..files import remove_unfinished, write_atomically, write_json
+from ..files import remove_unfinished, write_atomically
 from ..models.clip import DualEncoder
-from ..models.saved import SETTINGS, bare_model, prepare_best, run_config, save_best
+from ..models.saved import bare_model, prepare_best, run_config
 from ..presets import PRESETS
 from .state import TrainState
 
@@ -55,10 +54,10 @@ def resumed(cfg: CFG, defaults: CFG | type[CFG] = CFG) -> CFG:
 
 
 class Run:
-    """The folder of a new or resumed run. As a context manager it gives the folder back to other processes at the end.
+    """The folder of a new or resumed run; a context manager that frees it for other processes at the end.
 
-    `cfg` are the settings that were asked for; of a resumed run its own. Raises UserError for a folder that holds
-    another run or cannot be made. A new folder is made by `begin`, when everything that can be refused has been.
+    `cfg` are the settings that were asked for, a resumed run's own. A new folder is made by `begin`, when everything
+    that can be refused has been. Raises UserError for a folder that holds another run or cannot be made.
     """
 
     def __init__(self, cfg: CFG):
@@ -74,6 +73,7 @@ class Run:
             self.folder = Path(cfg.run_dir) if cfg.run_dir else _free_folder(cfg)
             self.cfg = dataclasses.replace(cfg, run_dir=str(self.folder))
             _check_new(self.folder)
+        self.best, self._last = self.folder / "best", self.folder / "last" / STATE
 
     def __enter__(self) -> Run:
         return self
@@ -84,22 +84,10 @@ class Run:
         if self._lock:
             self._lock.release()
 
-    @property
-    def best(self) -> Path:
-        return self.folder / "best"
-
-    @property
-    def _last(self) -> Path:
-        return self.folder / "last" / STATE
-
     def begin(self, model: DualEncoder) -> None:
         """Make the folder of a new run, with what never changes in `best/`."""
         self._claim()
         prepare_best(self.best, model, model.cfg)
-
-    def save_settings(self) -> None:
-        """Write config.json: from now on the folder is a run, which can be resumed."""
-        write_json(self.folder / SETTINGS, dataclasses.asdict(self.cfg))
 
     def resumed_model(self) -> DualEncoder:
         """The model of a resumed run without its weights, and with its resolved settings."""
@@ -124,10 +112,6 @@ class Run:
         """Replace the checkpoint that a resume starts from."""
         self._last.parent.mkdir(exist_ok=True)
         save_tree(self._last, {**state.state_dict(), "fingerprint": self.fingerprint})
-
-    def save_best(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Replace the weights and metrics of `best/` by those of the epoch that has just ended."""
-        save_best(self.best, state.measured, state.progress.epoch, metrics)
 
     def open_log(self, epochs: int, steps: int) -> None:
         """Open metrics.jsonl and the TensorBoard events, both cut back to finished `epochs` and `steps`."""
@@ -234,17 +218,6 @@ def load_tree(path: Path) -> dict:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         best = path.parent.parent / "best"
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {best} may still be loaded") from error
-
-
-def saved_fingerprint(run: Path) -> str:
-    """The fingerprint of the captions that a run was trained on; "" where its last/ is missing."""
-    from safetensors import safe_open
-
-    path = run / "last" / STATE
-    if not path.is_file():
-        return ""
-    with safe_open(path, "pt") as file:
-        return dict(json.loads(file.metadata()["tree"])["dict"])["fingerprint"]
 
 
 class Interrupt:

@@ -13,10 +13,11 @@ from ..data.loaders import Loader, build_loaders
 from ..data.source import DataSource
 from ..evaluation.measure import ZERO_SHOT, save_zero_shot
 from ..evaluation.retrieval import ranks, recalls_of
+from ..files import write_json
 from ..models.build import build_model
 from ..models.clip import DualEncoder
 from ..models.precision import default_precision
-from ..models.saved import save_best
+from ..models.saved import SETTINGS, save_best
 from ..retrieval.embed import embed_batches
 from .autotune import MIN_STEPS, choose_precision
 from .budget import EPOCH_OVERHEAD, measure_pace, planned_steps, steps_per_epoch, steps_within
@@ -59,7 +60,7 @@ def begin(
     if cfg.wise_ft:
         save_start(run.folder)
     run.save_last(state)
-    run.save_settings()
+    write_json(run.folder / SETTINGS, dataclasses.asdict(run.cfg))  # last: now the folder is a run, to be resumed
     return state, train_loader, valid_loader
 
 
@@ -80,12 +81,12 @@ def resume(
 
 def _loaders(model: DualEncoder, source: DataSource, report: Report) -> tuple[Loader, Loader]:
     """The loaders of the training and the validation split; the model's parameters are reported on the way."""
-    splits = ("train", "valid")
-    loaders = [
-        build_loaders(source.split(split), model.tokenizer, split, model.cfg, device=model.device) for split in splits
-    ]
-    report.parameters(model, sum(loader.dataset.tokens.truncated for loader in loaders))
-    return tuple(loaders)
+    train, valid = (
+        build_loaders(source.split(split), model.tokenizer, split, model.cfg, device=model.device)
+        for split in ("train", "valid")
+    )
+    report.parameters(model, train.dataset.tokens.truncated + valid.dataset.tokens.truncated)
+    return train, valid
 
 
 def _settle_precision(model: DualEncoder, loader: Loader) -> CFG:

@@ -40,11 +40,12 @@ class Progress:
     def end_epoch(self, metrics: dict[str, float], stop_at: float) -> bool:
         """Close the epoch; whether it was the best one."""
         self.epoch, self.batch, self.stats = self.epoch + 1, 0, EpochStats()
-        self.stale += 1
         self.reached = bool(stop_at) and 100 * metrics["image_retrieval_recall@10"] >= stop_at
-        if metrics["rsum"] > self.best_rsum:
-            self.best_rsum, self.best_epoch, self.stale = metrics["rsum"], self.epoch, 0
-        return not self.stale
+        is_best = metrics["rsum"] > self.best_rsum
+        self.stale = 0 if is_best else self.stale + 1
+        if is_best:
+            self.best_rsum, self.best_epoch = metrics["rsum"], self.epoch
+        return is_best
 
 
 class TrainState:
