@@ -1,4 +1,4 @@
-"""ExactSearch against a full scan in float64: random rows, ties, and rows that a float32 scan alone ranks wrongly."""
+"""ExactSearch against a full scan in float64: random rows, ties, and rows that a bf16 scan alone ranks wrongly."""
 
 import numpy as np
 import pytest
@@ -11,6 +11,8 @@ from clip_scratch.errors import UserError
 from clip_scratch.retrieval import exact
 from clip_scratch.retrieval.exact import ExactSearch
 
+BOTH = pytest.mark.parametrize("half", [False, True])
+
 
 def reference(rows, queries, k):
     """Scores and row numbers of a full scan in float64, equal scores by row."""
@@ -19,8 +21,8 @@ def reference(rows, queries, k):
     return np.take_along_axis(products, order, 1), order
 
 
-def check(rows, queries, k):
-    scores, numbers = ExactSearch(rows).search(queries, k)
+def check(rows, queries, k, half):
+    scores, numbers = ExactSearch(rows, half).search(queries, k)
     wanted, order = reference(rows, queries, k)
     assert numbers.tolist() == order.tolist()
     assert scores.dtype == torch.float32 and scores.tolist() == wanted.astype(np.float32).tolist()
@@ -30,6 +32,7 @@ def unit(n, dim, seed):
     return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
+@BOTH
 @given(
     n=st.sampled_from([1, 2, 7, 63, 64, 65, 700]),
     dim=st.sampled_from([1, 3, 16, 256]),
@@ -39,36 +42,51 @@ def unit(n, dim, seed):
     seed=st.integers(0, 999),
 )
 @settings(max_examples=80)
-def test_equals_a_full_scan_in_float64(n, dim, spread, scale, k, seed):
-    """Rows all over the sphere, rows crowded closer than float32 can tell apart, and equal rows."""
+def test_equals_a_full_scan_in_float64(half, n, dim, spread, scale, k, seed):
+    """Rows all over the sphere, rows crowded closer than bf16 or float32 can tell apart, and equal rows."""
     rows = scale * (unit(1, dim, seed) + spread * unit(n, dim, seed + 1000))
     rows = torch.cat([rows, rows[: n // 3]])
     queries = torch.cat([unit(2, dim, seed + 2000), rows[:1], -rows[:1]])
-    check(rows, queries, k)
+    check(rows, queries, k, half)
 
 
+@BOTH
 @pytest.mark.parametrize("n", [1000, 20_000])
-def test_many_rows(n):
-    check(unit(n, 64, 0), unit(3, 64, 1), 10)
+def test_many_rows(half, n):
+    check(unit(n, 64, 0), unit(3, 64, 1), 10, half)
 
 
-def test_a_scan_in_float32_alone_goes_wrong():
-    """Rows that differ by less than a float32 product's rounding are ranked by their products in float64."""
-    rows = torch.cat([unit(1, 256, 0) + 1e-7 * unit(500, 256, 2)])
-    query = unit(1, 256, 1)
-    scan = (query @ rows.T)[0]
-    assert scan.argsort(descending=True, stable=True)[:10].tolist() != reference(rows, query, 10)[1][0].tolist()
-    check(rows, query, 10)
+def test_a_bf16_scan_alone_goes_wrong():
+    """The best row is rounded down, and 500 others up, so that it scans below all of them."""
+    rows = torch.zeros(501, 4)
+    rows[:, 0] = 1 + 2.0**-8 + 2.0**-16  # bf16 has 1 and 1 + 2**-7 there, and rounds this up
+    rows[137] = torch.tensor([1 + 2.0**-8 - 2.0**-16, 2.0**-6, 0.0, 0.0])  # and this down
+    query = torch.tensor([[1.0, 2.0**-8, 0.0, 0.0]])
+    scan = (query.bfloat16() @ rows.bfloat16().T).float()[0]
+    assert (scan[137] < scan).sum() == 500
+    assert ExactSearch(rows, half=True).search(query, 3)[1].tolist() == [[137, 0, 1]]
+    check(rows, query, 3, half=True)
 
 
-def test_equal_rows_come_in_their_order():
+def test_few_rows_are_scored_again(monkeypatch):
+    """The bound is of use: of 20,000 random rows it leaves a handful."""
+    search, scored = ExactSearch(unit(20_000, 256, 0), half=True), []
+    flatnonzero = np.flatnonzero
+    monkeypatch.setattr(exact.np, "flatnonzero", lambda x: scored.append(int(x.sum())) or flatnonzero(x))
+    search.search(unit(5, 256, 1), 10)
+    assert len(scored) == 5 and all(10 <= count < 60 for count in scored)
+
+
+@BOTH
+def test_equal_rows_come_in_their_order(half):
     rows = unit(1, 256, 0).repeat(5000, 1)
-    scores, numbers = ExactSearch(rows).search(unit(1, 256, 1), 7)
+    scores, numbers = ExactSearch(rows, half).search(unit(1, 256, 1), 7)
     assert numbers.tolist() == [list(range(7))] and len(set(scores[0].tolist())) == 1
 
 
-def test_one_query_of_many_and_alone(monkeypatch):
-    search, queries = ExactSearch(unit(300, 16, 0)), unit(9, 16, 1)
+@BOTH
+def test_one_query_of_many_and_alone(half, monkeypatch):
+    search, queries = ExactSearch(unit(300, 16, 0), half), unit(9, 16, 1)
     together = search.search(queries, 5)
     monkeypatch.setattr(exact, "_SCAN", 700)  # two queries at a time
     for one, other in zip(together, search.search(queries, 5), strict=True):
@@ -77,36 +95,47 @@ def test_one_query_of_many_and_alone(monkeypatch):
         assert torch.equal(search.search(query[None], 5)[1][0], together[1][i])
 
 
-def test_few_rows_many_asked_and_none():
-    scores, numbers = ExactSearch(torch.eye(3)).search(torch.tensor([[0.5, 0.0, 1.0]]), 10)
+@BOTH
+def test_few_rows_many_asked_and_none(half):
+    scores, numbers = ExactSearch(torch.eye(3), half).search(torch.tensor([[0.5, 0.0, 1.0]]), 10)
     assert numbers.tolist() == [[2, 0, 1]] and scores.tolist() == [[1.0, 0.5, 0.0]]
-    nothing = ExactSearch(torch.empty(0, 3))
+    nothing = ExactSearch(torch.empty(0, 3), half)
     assert len(nothing) == 0 and [x.shape for x in nothing.search(torch.ones(2, 3), 4)] == [(2, 0), (2, 0)]
-    assert [x.shape for x in ExactSearch(torch.eye(3)).search(torch.empty(0, 3), 2)] == [(0, 2), (0, 2)]
+    assert [x.shape for x in ExactSearch(torch.eye(3), half).search(torch.empty(0, 3), 2)] == [(0, 2), (0, 2)]
 
 
+@BOTH
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_numbers_too_large_for_a_float32_product():
+def test_numbers_too_large_for_a_float32_product(half):
     rows = torch.tensor([[1e18, 0.0], [3e18, 0.0], [2e18, 0.0]])
-    assert ExactSearch(rows).search(torch.tensor([[1e25, 0.0]]), 2)[1].tolist() == [[1, 2]]
+    assert ExactSearch(rows, half).search(torch.tensor([[1e25, 0.0]]), 2)[1].tolist() == [[1, 2]]
 
 
-def test_arrays_and_bf16_are_taken():
+def test_arrays_and_half_precision_are_taken():
     rows, query = unit(50, 8, 0), unit(1, 8, 1)
     wanted = ExactSearch(rows).search(query, 4)[1]
     assert torch.equal(ExactSearch(rows.numpy().astype(np.float64)).search(query.numpy(), 4)[1], wanted)
-    check(rows.bfloat16(), query.bfloat16(), 4)
-    check(rows.requires_grad_().detach().T.contiguous().T, query, 4)  # strides of another order
+    check(rows.bfloat16(), query.bfloat16(), 4, half=False)
+    check(rows.requires_grad_().detach().T.contiguous().T, query, 4, half=True)  # strides of another order
+
+
+def test_the_copy_is_made_where_it_pays(monkeypatch):
+    monkeypatch.setattr(exact, "HALF_FROM", 64)
+    for in_bf16 in (True, False):
+        monkeypatch.setattr(exact, "computes_in_bf16", lambda device, answer=in_bf16: answer)
+        assert (ExactSearch(torch.ones(8, 8)).half is not None) == in_bf16
+        assert ExactSearch(torch.ones(7, 9)).half is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused(bad):
+@BOTH
+def test_what_is_not_finite_is_refused(half, bad):
     rows = torch.ones(40, 3)
     rows[17, 1] = bad
     with pytest.raises(UserError, match="embeddings to search contain NaN or infinity"):
-        ExactSearch(rows)
+        ExactSearch(rows, half)
     with pytest.raises(UserError, match="a query contains NaN or infinity"):
-        ExactSearch(torch.ones(4, 3)).search(rows[17:18], 1)
+        ExactSearch(torch.ones(4, 3), half).search(rows[17:18], 1)
 
 
 def test_wrong_shapes_and_k():

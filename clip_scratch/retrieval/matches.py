@@ -103,7 +103,8 @@ def _best(
         raise UserError(f"{len(embeddings)} embeddings do not line up with {len(names)} names")
     if n < 1:
         raise UserError(f"n is at least 1, not {n}")
-    search = embeddings if isinstance(embeddings, ExactSearch) else ExactSearch(embeddings)
+    # A bf16 copy takes longer to make than one search saves
+    search = embeddings if isinstance(embeddings, ExactSearch) else ExactSearch(embeddings, half=False)
     name_of = names.iloc if isinstance(names, pd.Series) else names
     results: list[dict[str, float]] = [{} for _ in queries]
     k, short = 8 * n, list(range(len(queries)))
@@ -128,11 +129,10 @@ def find_matches(
 ) -> Matches | list[Matches]:
     """The n distinct images that fit a query best, as (image name, cosine score), best first (tutorial name).
 
-    `image_embeddings` (N, P) lines up with `image_filenames` (N,), which may name an image several times. The
-    images are drawn from `image_path` (default: the folder the model was trained on) when Jupyter shows the
-    result, or into the picture `save`. A list of queries gives a list of results. For many searches in many images,
-    pass `ExactSearch(image_embeddings)`, which prepares them once. Raises UserError where the lengths differ or n is
-    below 1.
+    `image_embeddings` (N, P) lines up with `image_filenames` (N,), which may name an image several times. Images are
+    drawn from `image_path` (default: the folder the model was trained on), in Jupyter or into the picture `save`. A
+    list of queries gives a list of results. For many searches in many images, pass `ExactSearch(image_embeddings)`,
+    which prepares them once. Raises UserError where the lengths differ or n is below 1.
     """
     queries = [query] if isinstance(query, str) else list(query)
     folder = image_path or partial(trained_folder, model.cfg)
