@@ -48,14 +48,13 @@ def main(arguments: Arguments) -> None:
     from .evaluation.retrieval import format_table
     from .files import check_target, write_json
 
-    target = arguments.json
-    check_target(target)
+    check_target(arguments.json)
     result = evaluate(**{name: value for name, value in vars(arguments).items() if name != "json"})
     print(format_table(result, result["split"], result["n_images"], result["n_captions"]))
     if n := result["n_ambiguous_captions"]:
         print(ambiguity(n, result["n_captions"]))
-    if target:
-        write_json(Path(target), result)
+    if arguments.json:
+        write_json(Path(arguments.json), result)
 
 
 if __name__ == "__main__":
