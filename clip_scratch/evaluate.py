@@ -1,7 +1,5 @@
 """Measure a run: `python -m clip_scratch.evaluate RUN [--split train|valid|test] [--json F]`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

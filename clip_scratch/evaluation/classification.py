@@ -1,7 +1,5 @@
 """Results of a classifier, zero-shot or linear probe: accuracies, recall of each class, the confusion matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

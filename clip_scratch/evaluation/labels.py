@@ -1,7 +1,5 @@
 """The classes of images: true labels from a captions file or folder names, and files of labels and templates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 

@@ -1,7 +1,5 @@
 """A model's ranks on a caption table, and the record of a pretrained CLIP's ranks before fine-tuning."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Zero-shot classification: the label whose prompts are nearest to an image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

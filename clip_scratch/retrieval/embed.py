@@ -1,7 +1,5 @@
 """Images and sentences -> embeddings, in batches, with progress."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence

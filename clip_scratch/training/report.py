@@ -1,7 +1,5 @@
 """Everything that a training run prints and draws: the bar, a line per epoch, warnings, pictures, the final table."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex
