@@ -130,6 +130,9 @@ class Report:
         if self.is_pretrained:
             commands["compare it with zero-shot"] = f"python -m clip_scratch.compare {folder}"
         else:
+            prepare = "python -m clip_scratch.prepare flickr8k"
+            commands["train on Flickr8k"] = f"{prepare} && python -m clip_scratch.train flickr8k"
+        else:
             commands["train on Flickr8k"] = (
                 "python -m clip_scratch.prepare flickr8k && python -m clip_scratch.train flickr8k"
             )
