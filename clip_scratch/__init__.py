@@ -1,7 +1,5 @@
 """clip_scratch: train, measure and search with a CLIP-style dual encoder. The public names, nothing else."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import types

@@ -66,7 +66,8 @@ def zero_shot(model: DualEncoder, arguments: Arguments) -> Classified | dict[str
     labels = None if arguments.labels == "table" else read_lines(arguments.labels)
     if labels is None or not arguments.images:
         source = open_captions(model.cfg, arguments.captions_path, arguments.image_path)
-        labels = labels or sorted(set(image_labels(source.table, source.name)))
+    if labels is None:
+        labels = sorted(set(image_labels(source.table, source.name)))
     if arguments.images:
         where, folder = arguments.images, Path(arguments.images)
         true = folder_labels(folder)

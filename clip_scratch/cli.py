@@ -1,7 +1,5 @@
 """The command line of `train` and `sweep`: a preset, --SETTING VALUE, or the settings of a run to resume."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Compare runs in one table: `python -m clip_scratch.compare RUN RUN ... [--markdown F --csv F --chart F]`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

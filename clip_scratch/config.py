@@ -8,8 +8,6 @@ All four of these work, and a misspelt setting is refused with a suggestion:
     python -m clip_scratch.train flickr8k --batch-size 64 --no-pretrained
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """What the user did wrong, in one clear line, and the exit statuses of the commands."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import sys

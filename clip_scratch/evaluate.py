@@ -1,7 +1,5 @@
 """Measure a run: `python -m clip_scratch.evaluate RUN [--split train|valid|test] [--json F]`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,14 +46,13 @@ def main(arguments: Arguments) -> None:
     from .evaluation.retrieval import format_table
     from .files import check_target, write_json
 
-    target = arguments.json
-    check_target(target)
+    check_target(arguments.json)
     result = evaluate(**{name: value for name, value in vars(arguments).items() if name != "json"})
     print(format_table(result, result["split"], result["n_images"], result["n_captions"]))
     if n := result["n_ambiguous_captions"]:
         print(ambiguity(n, result["n_captions"]))
-    if target:
-        write_json(Path(target), result)
+    if arguments.json:
+        write_json(Path(arguments.json), result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Write a run's model for others: `python -m clip_scratch.export RUN FOLDER`, an ordinary transformers folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from dataclasses import dataclass

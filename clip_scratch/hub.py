@@ -1,7 +1,5 @@
 """Names -> local files, installed packages, functions of the user's own, or models on a hub."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """The named presets: subclasses of CFG with the command, the hardware, the time and the recall to expect."""
 
-from __future__ import annotations
-
 from .config import CFG
 
 

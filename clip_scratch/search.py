@@ -1,7 +1,5 @@
 """Search with a run: `python -m clip_scratch.search RUN "two dogs in the snow" [--images FOLDER] [--save F.png]`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

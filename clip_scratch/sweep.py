@@ -3,8 +3,6 @@
 Takes the settings of `clip_scratch.train`. The same command continues a sweep that was interrupted.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import sys
@@ -25,18 +23,17 @@ def strategies(depth: int, head_lr: float) -> dict[str, dict[str, object]]:
     return {
         f"vision-first-{first}": {"image_freeze": f"first:{first}", "text_freeze": "none"},
         # Heads that learn alone take a higher rate: at a tower's they would hardly move
-        "backbone": {"image_freeze": "backbone", "text_freeze": "backbone", "head_lr": max(head_lr, 1e-3)},
-        "none": {"image_freeze": "none", "text_freeze": "none"},
+        "heads": {"image_freeze": "backbone", "text_freeze": "backbone", "head_lr": max(head_lr, 1e-3)},
+        "full": {"image_freeze": "none", "text_freeze": "none"},
         "lora": {"image_freeze": "lora", "text_freeze": "lora"},
     }
 
 
 def sweep(cfg: CFG) -> Path:
-    """Measure zero-shot, fine-tune once per strategy below `run_dir`, compare, and return that folder.
+    """Measure zero-shot, fine-tune once per strategy below `run_dir`, and return that folder, with comparison.md ...
 
-    The same call with the same folder continues where it stopped: finished runs are not trained again, an interrupted
-    one is resumed. Writes comparison.md, comparison.csv and comparison.png. Raises UserError where the model is not a
-    pretrained CLIP, and without PEFT.
+    The same call continues where it stopped: finished runs are not trained again, an interrupted one is resumed. Raises
+    UserError where the model is not a pretrained CLIP, and without PEFT.
     """
     from .evaluation.comparison import compare
     from .models.freezing import blocks

@@ -17,7 +17,7 @@ NAMES = ["zero-shot", *strategies(3, 1e-5)]
 
 
 def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, plain, tmp_path, monkeypatch, capsys):
-    """Interrupted in the middle of `none`, continued, and called again, with runs long enough to measure precision."""
+    """Interrupted in the middle of `full`, continued, and called again, with runs long enough to measure precision."""
     monkeypatch.setattr(start, "MIN_STEPS", 1)
     cfg = hf_cfg(epochs=1, lora_rank=2, run_dir=str(tmp_path / "sweep"))
     train_epoch, trained = engine.train_epoch, []
@@ -51,7 +51,7 @@ def test_a_sweep_from_its_first_stop_to_its_table(hf_cfg, plain, tmp_path, monke
         *_, line = (json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines())
         assert line["epoch"] == (name != "zero-shot")
         counts[name] = line["trained_parameters"]
-    assert counts["backbone"] < counts["lora"] < counts["vision-first-1"] < counts["none"]
+    assert counts["heads"] < counts["lora"] < counts["vision-first-1"] < counts["full"]
     table = (folder / "comparison.csv").read_text()
     sweep(cfg)
     assert len(trained) == 5 and (folder / "comparison.csv").read_text() == table

@@ -273,6 +273,8 @@ def test_mistakes(scene_run, labelled, tiny_data, tmp_path):
         return str(error.value)
 
     assert "cannot read" in wrong(labels=str(tmp_path / "none.txt"))
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "at least one label and one template" in wrong(labels=str(tmp_path / "empty.txt"))
     (tmp_path / "few.txt").write_text("red\ngreen\nblue\nyelow\n")
     line = wrong(labels=str(tmp_path / "few.txt"))
     assert "the label 'yellow' of 23.png is not among the 4 labels. Did you mean yelow?" in line

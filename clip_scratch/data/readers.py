@@ -4,8 +4,6 @@ Each row says where it comes from (`file`, `row`), for error messages. `row` is 
 number of the record where a JSON file does not have one per line.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

@@ -1,7 +1,5 @@
 """The opened data set of a run: its caption table, where its images are, and which of them can be used."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Percentile bootstrap over images (Efron 1979): how far a recall would move with other images of the same kind."""
 
-from __future__ import annotations
-
 import numpy as np
 
 RESAMPLES = 2000

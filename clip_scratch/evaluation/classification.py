@@ -1,7 +1,5 @@
 """Results of a classifier, zero-shot or linear probe: accuracies, recall of each class, the confusion matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,8 @@ class Classified:
     def text(self) -> str:
         """The metrics in percent, and the recall of every class, worst first, with the number of its images."""
         images = dict(zip(self.labels, self.matrix.sum(1).tolist(), strict=True))
-        accuracies = "   ".join(f"{key} {100 * self.metrics[key]:.1f}" for key in _ACCURACIES if key in self.metrics)
+        keys = ("acc@1", "acc@5", "mean_per_class_recall")
+        accuracies = "   ".join(f"{key} {100 * self.metrics[key]:.1f}" for key in keys if key in self.metrics)
         recalls = sorted(self.metrics["per_class_recall"].items(), key=lambda item: item[1])
         cells = [f"{100 * recall:5.1f}  {label} ({images[label]:,})" for label, recall in recalls]
         width = max(map(len, cells), default=0)
@@ -55,9 +54,6 @@ class Classified:
         display.ax_.tick_params(labelsize=min(9.0, 50 * side / k))  # points
         figure.colorbar(display.im_, shrink=0.8, label="percent of the images of a class")
         return write_figure(figure, path)
-
-
-_ACCURACIES = ("acc@1", "acc@5", "mean_per_class_recall")
 
 
 def measure_classes(scores: torch.Tensor, targets: torch.Tensor | Sequence[int], labels: Sequence[str]) -> Classified:

@@ -1,7 +1,5 @@
 """A comparison of runs: zero-shot first, then each run, all measured on the same images and captions."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """The classes of images: true labels from a captions file or folder names, and files of labels and templates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
@@ -13,10 +11,7 @@ from ..errors import UserError, suggest
 
 
 def folder_labels(folder: Path) -> pd.Series:
-    """The label of each image below a folder, by its path in there: the name of the sub-folder that it is in.
-
-    All are "" where no image is in a sub-folder. Raises UserError where only some are.
-    """
+    """The sub-folder that each image below a folder is in, by its path in there; "" for all where there is none."""
     parts = {name: PurePath(name).parts for name in images_below(folder)}
     labels = pd.Series({name: part[0] if len(part) > 1 else "" for name, part in parts.items()})
     if labels.any() and not labels.all():

@@ -4,8 +4,6 @@ One difference: the features are the embeddings that retrieval compares, project
 the image tower before the projection, so its accuracies are not comparable with these.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """A model's ranks on a caption table, and the record of a pretrained CLIP's ranks before fine-tuning."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -28,10 +26,7 @@ WHOLE = "all"  # the split of a captions file that has none
 
 
 def open_captions(cfg: CFG, captions_path: str = "", image_path: str = "") -> DataSource:
-    """The captions of the run with settings `cfg`, or of another file; images are not checked yet.
-
-    Of another file that has no splits all rows are in the split "all". Raises UserError as `read_captions` does.
-    """
+    """The captions of a run, or of another file (in the split "all" if it has none); images are not checked yet."""
     if captions_path:
         cfg = dataclasses.replace(
             cfg, captions_path=captions_path, image_path=image_path, captions_format="auto", image_column="",

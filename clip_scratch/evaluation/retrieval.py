@@ -1,7 +1,5 @@
 """Recall both ways in clip_benchmark's protocol: one row per distinct image, any number of captions each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Zero-shot classification: the label whose prompts are nearest to an image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -51,10 +49,7 @@ def label_embeddings(model: DualEncoder, labels: Sequence[str], templates: Seque
     for label in labels:
         words = " ".join(label.replace("_", " ").lower().split())
         if words in seen:
-            raise UserError(
-                f"prompts cannot tell the labels {seen[words]!r} and {label!r} apart: spell them alike if they are one "
-                "class, and in different words if they are two"
-            )
+            raise UserError(f"prompts cannot tell the labels {seen[words]!r} and {label!r} apart: use other words")
         seen[words] = label
     # replace, not format: other braces in a template are part of the sentence
     prompts = [template.replace("{}", label.replace("_", " ")) for label in labels for template in templates]

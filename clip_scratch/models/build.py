@@ -1,7 +1,5 @@
 """The model that the settings ask for, of either backend."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..config import CFG

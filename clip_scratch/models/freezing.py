@@ -10,8 +10,6 @@ lora            the tower, but for low-rank updates of its blocks (Hu et al. 202
 A block is a transformer layer, or a stage of a convolutional network.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace

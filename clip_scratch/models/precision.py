@@ -4,8 +4,6 @@
 in fp32. A precision that the device does not compute is replaced by fp32, so that a trained model loads anywhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

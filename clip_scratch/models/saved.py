@@ -8,8 +8,6 @@ metrics.json         epoch, metrics and git commit again, beside the tokenizer's
 Nothing is unpickled. An encoder of the user's own, `module:function`, is imported, but not from the run folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Images and sentences -> embeddings, in batches, with progress."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
@@ -36,8 +34,8 @@ def encode_image(
 ) -> torch.Tensor:
     """Paths, PIL images, RGB uint8 arrays (H, W, 3) or a mix -> float32 (N, P) on the CPU, L2-normalised.
 
-    An image that cannot be read raises UserError; with `on_bad_image` "skip" its row is zeros, which `find_matches`
-    leaves out, and all such images are counted and named on stderr at the end.
+    An image that cannot be read raises UserError, or with `on_bad_image` "skip" has a row of zeros (`find_matches`
+    leaves them out) and is counted on stderr.
     """
     images = [images] if isinstance(images, ImageLike) else list(images)
     model.eval()
@@ -57,19 +55,14 @@ def encode_image(
                 faults[name] = fault
         if pixels:
             out[list(pixels)] = model.encode_image(torch.stack(list(pixels.values())).to(model.device)).cpu()
+    if faults and len(faults) == len(images):
+        raise UserError(f"none of the {len(images):,} images can be read, such as {name}: {fault}")
     if faults:
-        _report_faults(faults, len(images))
+        some = "".join(f"\n  {name}: {fault}" for name, fault in list(faults.items())[:10])
+        print(
+            f"skipped {len(faults):,} of {len(images):,} images, which cannot be read, such as{some}", file=sys.stderr
+        )
     return out
-
-
-def _report_faults(faults: dict[str, str], n: int) -> None:
-    """Count and name the images that were skipped. Raises UserError where no image could be read."""
-    if len(faults) == n:
-        name, fault = next(iter(faults.items()))
-        raise UserError(f"none of the {n:,} images can be read; the first, {name}: {fault}")
-    shown = [f"  {name}: {fault}" for name, fault in list(faults.items())[:10]]
-    shown += [f"  and {len(faults) - 10:,} more"] if len(faults) > 10 else []
-    print("\n".join([f"skipped {len(faults):,} of {n:,} images, which cannot be read:", *shown]), file=sys.stderr)
 
 
 @torch.no_grad()
@@ -95,8 +88,7 @@ def get_image_embeddings(
 ) -> tuple[CLIPModel, torch.Tensor]:
     """The model of a run, and an embedding for each row of `valid_df` (tutorial name): (rows, P).
 
-    Every distinct image is encoded once, however many captions (rows) it has, so the result lines up with
-    `valid_df["image"]`. Images are read from the folder that the run was trained on. Where the run skips bad images
+    Each distinct image is read once, from the folder that the run was trained on. Where the run skips bad images
     (`on_bad_image`), so does this: see `encode_image`.
     """
     model = load(model_path, device)

@@ -5,8 +5,6 @@ The time is that of reading the rows from memory: where the processor computes i
 bf16 copy, which takes half the bytes and half the time at a million rows.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

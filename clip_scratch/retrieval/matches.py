@@ -1,7 +1,5 @@
 """find_matches and find_captions: what fits a query best, as a result that draws itself in Jupyter."""
 
-from __future__ import annotations
-
 import io
 import math
 import textwrap

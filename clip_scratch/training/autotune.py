@@ -5,8 +5,6 @@ slows the backward pass of depthwise convolutions on a CPU; channels_last helps 
 is remembered in the cache folder, so that two runs on one machine agree and only the first one measures.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

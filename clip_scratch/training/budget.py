@@ -1,7 +1,5 @@
 """--minutes: how many optimizer steps fit into a wall-clock budget, measured once and then fixed."""
 
-from __future__ import annotations
-
 import copy
 import sys
 

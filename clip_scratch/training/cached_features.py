@@ -6,8 +6,6 @@ how they are augmented, the captions, the precision. A later run that shares the
 Shapes: N images of the data set, D features.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

@@ -4,8 +4,6 @@ B images, C captions, P dimensions. A batch may hold several captions of an imag
 the same sentence under two images: none of those is a negative.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

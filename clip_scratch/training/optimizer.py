@@ -1,7 +1,5 @@
 """Parameter groups with three learning rates, the two schedules, and the average of the weights."""
 
-from __future__ import annotations
-
 import copy
 import math
 

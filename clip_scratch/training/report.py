@@ -1,7 +1,5 @@
 """Everything that a training run prints and draws: the bar, a line per epoch, warnings, pictures, the final table."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex
@@ -131,6 +129,9 @@ class Report:
         }
         if self.is_pretrained:
             commands["compare it with zero-shot"] = f"python -m clip_scratch.compare {folder}"
+        else:
+            prepare = "python -m clip_scratch.prepare flickr8k"
+            commands["train on Flickr8k"] = f"{prepare} && python -m clip_scratch.train flickr8k"
         else:
             commands["train on Flickr8k"] = (
                 "python -m clip_scratch.prepare flickr8k && python -m clip_scratch.train flickr8k"

@@ -1,7 +1,5 @@
 """How a run starts: a model that is built, measured and saved as epoch 0, or one that is picked up from last/."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 

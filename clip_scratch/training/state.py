@@ -1,7 +1,5 @@
 """TrainState: everything that training changes, and where it stands; its state dict is what a resume needs."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 import time

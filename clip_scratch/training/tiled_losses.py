@@ -1,7 +1,5 @@
 """The losses of losses.py without a (B, C) matrix. `images` (B, P) are multiplied by the logit scale already."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable

@@ -4,8 +4,6 @@ Wortsman et al. 2022, Robust fine-tuning of zero-shot models (arXiv:2109.01903):
 pretrained model knew, and is often better than both on the data it was fine-tuned for.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Five differently worded English captions of a built-in scene."""
 
-from __future__ import annotations
-
 import random
 
 from .scene import Scene, Thing

@@ -1,7 +1,5 @@
 """The picture of a built-in scene."""
 
-from __future__ import annotations
-
 import functools
 import random
 

@@ -5,8 +5,6 @@ Most scenes come with twins whose captions use the same words for another pictur
 square; a blue circle left of a red square), so that a model must learn which attribute belongs to which thing.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The built-in data set as files: drawn scenes of coloured shapes, five captions each. No download, no licence."""
 
-from __future__ import annotations
-
 import csv
 import random
 import time
