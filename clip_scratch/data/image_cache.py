@@ -3,12 +3,12 @@
 A cache is a folder images-<hash> with four files: `pixels` (N, M, M, 3) uint8, `ratios` (N,) float32, `done` (N,) one
 byte per row, all raw, and files.json with the names, sizes and times of the images. The hash covers these and all
 settings that change the pixels, so a cache is never stale. A row is recorded as done once its bytes are on the disk:
-a build may be killed at any instant, and the next one resumes it. All processes share the pages of the map, which stay
-in memory as long as there is room.
+a build may be killed at any instant, and the next one resumes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ import numpy as np
 import PIL
 
 from ..files import allocate, cache_folder, check_room, sole_writer
-from .images import image_prefix, load_image, prefix_side, reading
+from .images import image_prefix, load_image, reading
 
 if TYPE_CHECKING:
     from ..config import CFG
@@ -37,8 +37,7 @@ class ImageFiles:
 
     def __init__(self, names: Sequence[str], folder: Path, cfg: CFG, train: bool):
         self.paths = [os.path.join(folder, name) for name in names]
-        self.side = prefix_side(cfg, train, self.paths)
-        self._prefix = image_prefix(cfg, train, self.side)
+        self.side, self._prefix = image_prefix(cfg, train, self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,9 +61,6 @@ class ImageCache:
         self.pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "r", shape=(n, side, side, 3)))
         self.ratios = np.fromfile(folder / "ratios", np.float32)
         self.side = side
-
-    def __len__(self) -> int:
-        return len(self.ratios)
 
     def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
         """The squares (M, M, 3) of B images, not copied, and their ratios (B,) of width to height."""
@@ -97,19 +93,14 @@ def open_images(names: Sequence[str], folder: Path, cfg: CFG, train: bool) -> Im
 def decoded_before(folder: Path, cfg: CFG) -> set[str]:
     """The images below `folder` that are in a cache and whose files have not changed since."""
     known: set[str] = set()
-    try:
-        records = list(cache_folder(cfg).glob("images-*/files.json"))
-    except OSError:  # no home folder, or one that cannot be read
-        return known
-    for file in records:
-        try:
-            record = json.loads(file.read_text())
-            done = rows_done(file.parent, len(record["names"]), record["side"])
-        except (OSError, ValueError):  # just being written or removed
-            continue
-        if record["folder"] == os.path.abspath(folder):
-            rows = zip(record["names"], record["stamps"], done, strict=True)
-            known.update(name for name, stamp, ok in rows if ok and _stamp(os.path.join(folder, name)) == stamp)
+    with contextlib.suppress(OSError):  # no home folder, or one that cannot be read
+        for file in cache_folder(cfg).glob("images-*/files.json"):
+            with contextlib.suppress(OSError, ValueError):  # just being written or removed
+                record = json.loads(file.read_text())
+                if record["folder"] == os.path.abspath(folder):
+                    done = rows_done(file.parent, len(record["names"]), record["side"])
+                    rows = zip(record["names"], record["stamps"], done, strict=True)
+                    known.update(name for name, stamp, ok in rows if ok and _stamp(os.path.join(folder, name)) == stamp)
     return known
 
 

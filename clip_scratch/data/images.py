@@ -1,7 +1,7 @@
 """Image files -> RGB arrays -> uint8 squares, by albumentations. The model normalises them, on its own device.
 
-Training has two stages: `image_prefix` does once what is the same in every epoch, and augment.py crops, flips and
-recolours its squares. `image_transform` is both in one pipeline, for one image at a time.
+Training has two stages: `image_prefix` does once what is the same in every epoch, and augment.py changes its squares.
+`image_transform` is both in one pipeline, for one image at a time.
 """
 
 from __future__ import annotations
@@ -36,14 +36,12 @@ def images_below(folder: Path) -> list[str]:
     """
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}")
-    names = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."))
-        names += [Path(root, name).relative_to(folder).as_posix() for name in images]
+    images = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = (path.relative_to(folder) for path in images)
+    names = sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
     if not names:
         raise UserError(f"there are no images below {folder}")
-    return sorted(names)
+    return names
 
 
 def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -87,9 +85,8 @@ def _open(path: str | Path) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """A 16-bit, 32-bit or float greyscale image as 8-bit greyscale.
 
-    Files do not tell which value is white (12-bit data is often stored in 16-bit files), but the largest value of
-    the image shows it: the first of 255, 4095 and 65535 that it does not exceed, or 1 for floats up to 1; beyond
-    65535 the largest value itself. Negative values and NaN become black.
+    Files do not tell which value is white (12-bit data is often stored in 16-bit files), but the largest value shows
+    it: white is the first of 255, 4095 and 65535 that it does not exceed, or 1 for floats up to 1, or else itself.
     """
     values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
     largest = values.max()
@@ -108,7 +105,7 @@ def image_transform(cfg: CFG, train: bool):
     import albumentations as A
     import cv2
 
-    steps = [A.Lambda(image=image_prefix(cfg, False, cfg.size))]
+    steps = [A.Lambda(image=image_prefix(cfg, False)[1])]
     if train and cfg.crop_scale < 1:
         interpolation = cv2.INTER_CUBIC if cfg.interpolation == "bicubic" else cv2.INTER_LINEAR
         area = (cfg.crop_scale, 1.0)
@@ -122,29 +119,21 @@ def image_transform(cfg: CFG, train: bool):
     return A.Compose([*steps, A.ToTensorV2()])
 
 
-def image_prefix(cfg: CFG, train: bool, side: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What is the same in every epoch: a function from RGB uint8 (H, W, 3) to the square (side, side, 3).
+def image_prefix(cfg: CFG, train: bool, paths: Sequence[str] = ()) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
+    """What is the same in every epoch: a side M, and a function from RGB uint8 (H, W, 3) to a square (M, M, 3).
 
-    `side` comes from `prefix_side`. Evaluation, and training without a random crop: the square that the model sees.
-    Training with one: the whole image stretched, since a crop of the stretched square is a crop of the image.
+    Evaluation, and training without a random crop: the square that the model sees. Training with one: the whole image
+    stretched, since a crop of the stretched square is a crop of the image. M is then 8/7 of the size, but no more than
+    the median shorter side of a sample of the image files `paths`: larger squares would hold no more detail.
     """
-    short = 0 if train and cfg.crop_scale < 1 else shorter_side(cfg)
-    return partial(_square, size=side, short=short, interpolation=cfg.interpolation)
-
-
-def prefix_side(cfg: CFG, train: bool, paths: Sequence[str | Path]) -> int:
-    """Pixels a side of `image_prefix`'s squares of these image files.
-
-    With a random crop 8/7 of the size, but no more than the median shorter side of a sample of the images: larger
-    squares would hold no more detail.
-    """
-    if not train or cfg.crop_scale == 1:
-        return cfg.size
-    shorter = []
-    for path in paths[:: -(-len(paths) // 100)]:
-        with reading(path), _open(path) as file:
-            shorter.append(min(file.size))
-    return max(cfg.size, min(round(cfg.size * 8 / 7), int(np.median(shorter))))
+    side, short = cfg.size, shorter_side(cfg)
+    if train and cfg.crop_scale < 1:
+        shorter, short = [], 0
+        for path in paths[:: -(-len(paths) // 100)]:
+            with reading(path), _open(path) as file:
+                shorter.append(min(file.size))
+        side = max(cfg.size, min(round(cfg.size * 8 / 7), int(np.median(shorter))))
+    return side, partial(_square, size=side, short=short, interpolation=cfg.interpolation)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Image-centred batches: B images, captions of each, and the ids that show which belong together.
 
-The images of a batch, their captions and their augmentation depend on (seed, epoch, image) alone, so a run that stops
-in the middle of an epoch resumes exactly.
+The images of a batch, their captions and their augmentation depend on (seed, epoch, image) alone: a run that stops in
+an epoch resumes exactly.
 """
 
 from __future__ import annotations
@@ -112,7 +112,13 @@ class CaptionedImages(Dataset):
     def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         epoch, numbers = keys[0][0], [number for _, number in keys]
         captions, counts = self.captions_of(epoch, numbers)
-        batch = self.ids(numbers, captions, counts)
+        image_ids = self.image_ids[numbers]
+        batch: Batch = {
+            "image_ids": torch.from_numpy(image_ids),  # (B,)
+            "caption_image_ids": torch.from_numpy(image_ids.repeat(counts)),  # (C,)
+            "caption_ids": torch.from_numpy(self.caption_ids[captions]),  # (C,)
+            "names": [self.names[n] for n in numbers],
+        }
         if self.image_features is None:
             batch["pixel_values"] = self.pixels(epoch, numbers)
         else:
@@ -145,16 +151,6 @@ class CaptionedImages(Dataset):
         else:
             squares = torch.from_numpy(np.stack(squares)).to(self.device)
         return augment_on_device(squares, todo, size, bicubic) if self.augmented else squares
-
-    def ids(self, numbers: Sequence[int], captions: np.ndarray, counts: np.ndarray) -> Batch:
-        """Which of B images and C captions belong together, `counts` (B,) of them to each image."""
-        image_ids = self.image_ids[list(numbers)]
-        return {
-            "image_ids": torch.from_numpy(image_ids),  # (B,)
-            "caption_image_ids": torch.from_numpy(image_ids.repeat(counts)),  # (C,)
-            "caption_ids": torch.from_numpy(self.caption_ids[captions]),  # (C,)
-            "names": [self.names[n] for n in numbers],
-        }
 
     def captions_of(self, epoch: int, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The caption rows (C,) of B images in `epoch`, and how many each image has (B,).

@@ -30,13 +30,9 @@ def positive_pairs(
 
 
 def contrastive_loss(
-    image_embeddings: torch.Tensor,
-    text_embeddings: torch.Tensor,
-    logit_scale: torch.Tensor | float,
-    image_ids: torch.Tensor,
-    caption_image_ids: torch.Tensor,
-    caption_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
+    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, logit_scale: torch.Tensor | float,
+    image_ids: torch.Tensor, caption_image_ids: torch.Tensor, caption_ids: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Symmetric InfoNCE with several positives: the mean of image-to-text and text-to-image cross-entropy.
 
     (B, P) and (C, P) L2-normalised embeddings, the factor from cosine to logit, (B,) and (C,) image ids, and
@@ -56,14 +52,10 @@ def contrastive_loss(
 
 
 def sigmoid_loss(
-    image_embeddings: torch.Tensor,
-    text_embeddings: torch.Tensor,
-    logit_scale: torch.Tensor | float,
-    image_ids: torch.Tensor,
-    caption_image_ids: torch.Tensor,
-    caption_ids: torch.Tensor | None = None,
+    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, logit_scale: torch.Tensor | float,
+    image_ids: torch.Tensor, caption_image_ids: torch.Tensor, caption_ids: torch.Tensor | None = None,
     logit_bias: torch.Tensor | float = 0.0,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343): every (image, caption) is a yes-or-no question.
 
     Shapes as `contrastive_loss`; summed over all pairs and divided by the B images. Tiled as `contrastive_loss` is.
@@ -77,13 +69,9 @@ def sigmoid_loss(
 
 
 def soft_target_loss(
-    image_embeddings: torch.Tensor,
-    text_embeddings: torch.Tensor,
-    logit_scale: torch.Tensor | float,
-    image_ids: torch.Tensor,
-    caption_image_ids: torch.Tensor,
-    caption_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
+    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, logit_scale: torch.Tensor | float,
+    image_ids: torch.Tensor, caption_image_ids: torch.Tensor, caption_ids: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """The loss of the well-known OpenAI-CLIP tutorial (M. M. Shariatnia, 2021), kept for comparison only.
 
     Its targets are the softmax of the mean of the image-image and text-text similarities, so two towers that

@@ -132,10 +132,6 @@ class Report:
         else:
             prepare = "python -m clip_scratch.prepare flickr8k"
             commands["train on Flickr8k"] = f"{prepare} && python -m clip_scratch.train flickr8k"
-        else:
-            commands["train on Flickr8k"] = (
-                "python -m clip_scratch.prepare flickr8k && python -m clip_scratch.train flickr8k"
-            )
         print()
         for what, command in commands.items():
             print(f"{what + ':':<32}{command}")
