@@ -90,7 +90,7 @@ def test_outputs_are_those_of_the_code(path):
         assert not [
             output for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"
         ]
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+    assert sum(bool(cell.outputs) for cell in cells) >= len(cells) // 2
     assert not re.search(r"/(home|root|tmp|Users|work)/", path.read_text())
 
 
