@@ -28,6 +28,7 @@ _HOME = {
     "get_image_embeddings": "retrieval.embed",
     "find_matches": "retrieval.matches",
     "find_captions": "retrieval.matches",
+    "Index": "retrieval.index",
 }
 __all__ = sorted(_HOME)
 

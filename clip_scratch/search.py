@@ -1,55 +1,169 @@
-"""Search with a run: `python -m clip_scratch.search RUN "two dogs in the snow" [--images FOLDER] [--save F.png]`."""
+"""Search your own pictures: `python -m clip_scratch.search index RUN FOLDER`, then `search find INDEX "a sentence"`."""
 
+from __future__ import annotations
+
+import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg, subcommand
 
 from .errors import UserError, run_command
 
+if TYPE_CHECKING:
+    from .retrieval.index import Index
+    from .retrieval.indexing import Report
+    from .retrieval.results import Matches
+
 
 @dataclass
-class Arguments:
-    """Find the images that fit a sentence, or the captions that fit an image."""
+class IndexArguments:
+    """Embed the images of a folder, and keep them so that `find` answers at once. Run it again to bring it up to date."""
 
     run: Positional[str]  # run folder, or its best/
-    query: Positional[str]  # a sentence, or the path of an image
-    images: str = ""  # folder to search, with all below it; empty: the run's validation images
-    n: int = 9  # how many to show
-    save: str = ""  # write the grid of the images found to this PNG
+    images: Positional[str]  # folder of the images, with all below it
+    index: str = ""  # folder of the index; empty: indexes/ and the name of the image folder
+    table: str = ""  # CSV file with an image column; its other columns can be asked for by find --where
+    ann: bool = False  # build an approximate index too, as is done from a million images on
+    store: str = (
+        ""  # keep the embeddings in Milvus: milvus://HOST:PORT/COLLECTION, or a file NAME.db; empty: in the index
+    )
     device: str = "auto"  # cpu, cuda, ...; auto: the best available
 
 
-def main(arguments: Arguments) -> None:
-    """Print the best matches with their cosine scores, and draw them where asked."""
-    from .data.captions import read_captions, split_of
-    from .data.images import IMAGE_SUFFIXES, images_below
-    from .files import check_target
-    from .models.saved import load
-    from .retrieval.embed import encode_image, trained_folder
-    from .retrieval.matches import find_captions, find_matches
+@dataclass
+class FindArguments:
+    """Find the images of an index that fit sentences or images, or captions that fit an image."""
 
-    by_image = Path(arguments.query).suffix.lower() in IMAGE_SUFFIXES
-    if by_image and arguments.images:
-        raise UserError("an image as the query finds captions of the run's validation images: leave out --images")
-    check_target(arguments.save)
-    model = load(arguments.run, arguments.device)
-    if arguments.images:
-        folder = Path(arguments.images)
-        names, on_bad_image = images_below(folder), "skip"
+    index: Positional[str]  # folder of the index
+    queries: Positional[
+        tuple[str, ...]
+    ] = ()  # sentences, or sums such as "a dog + snow - 0.5*people" or "photo.jpg + at night"
+    image: str = ""  # find images like this one
+    n: Annotated[int, arg(aliases=["-n"])] = 9  # how many to show
+    where: str = ""  # SQL condition on the images, such as "year >= 2020 and path like '%holiday%'"
+    min_score: float | None = None  # leave out images of a lower score
+    captions: bool = False  # find captions for --image instead
+    explain: bool = False  # draw where in each picture the query lies, in the grid
+    json: bool = False  # print JSON
+    grid: str = ""  # write the pictures to this PNG
+    open: bool = False  # show the pictures
+    device: str = "cpu"  # device for images in queries and for --explain
+
+
+Arguments = Annotated[IndexArguments, subcommand("index")] | Annotated[FindArguments, subcommand("find")]
+
+
+def main(arguments: IndexArguments | FindArguments) -> None:
+    """Build or update an index, or search one and print what it finds."""
+    if isinstance(arguments, IndexArguments):
+        _index(arguments)
     else:
-        table = split_of(read_captions(model.cfg), "valid", model.cfg.captions_path)
-        if by_image:
-            for caption, score in find_captions(model, arguments.query, table["caption"].tolist(), arguments.n):
-                print(f"{score:6.3f}  {caption}")
-            return
-        folder = trained_folder(model.cfg, table)
-        names, on_bad_image = table["image"].drop_duplicates().tolist(), model.cfg.on_bad_image
-    embeddings = encode_image(model, [folder / name for name in names], progress=True, on_bad_image=on_bad_image)
-    matches = find_matches(model, embeddings, arguments.query, names, arguments.n, folder, arguments.save)
-    print(matches)
-    if arguments.save:
-        print(f"written: {arguments.save}")
+        _find(arguments)
+
+
+def _index(arguments: IndexArguments) -> None:
+    from .exporting.onnx import write_text_tower
+    from .retrieval.indexing import update_index
+    from .retrieval.query import QUICK
+
+    folder = Path(arguments.index or Path("indexes", Path(arguments.images).resolve().name))
+
+    def prepare(model, temporary: Path) -> None:
+        try:
+            write_text_tower(model, temporary / QUICK)
+        except UserError as error:
+            print(f"find will start slower: {error}", file=sys.stderr)
+
+    try:
+        report = update_index(
+            arguments.run, arguments.images, folder, arguments.table, arguments.ann, arguments.store, arguments.device,
+            prepare,
+        )  # fmt: skip
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"What was embedded is kept in {folder}; the same command goes on") from interrupt
+    _print_report(report, folder)
+
+
+def _print_report(report: Report, folder: Path) -> None:
+    rate = f", {report.added / report.seconds:.0f} images/s" if report.added else ""
+    print(f"{folder}: {report.images:,} images; {report.added:,} embedded{rate}, {report.removed:,} removed")
+    if report.recall is not None:
+        print(f"approximate index: recall {100 * report.recall:.1f} % of the exact 10 nearest images")
+    if report.unmatched:
+        print(f"{report.unmatched:,} rows of the table name no image", file=sys.stderr)
+    if report.faults:
+        some = "".join(f"\n  {name}: {fault}" for name, fault in list(report.faults.items())[:20])
+        print(f"{len(report.faults):,} images cannot be read and were left out:{some}", file=sys.stderr)
+    print(f"search it: python -m clip_scratch.search find {shlex.quote(str(folder))} 'a dog on a beach'")
+
+
+def _find(arguments: FindArguments) -> None:
+    from .files import check_target
+    from .retrieval.index import Index
+
+    if not arguments.queries and not arguments.image:
+        raise UserError("nothing to look for: give a sentence, or --image FILE")
+    if arguments.captions and (not arguments.image or arguments.queries):
+        raise UserError("--captions finds captions for one image: give --image FILE, and no sentence")
+    if arguments.explain and not (arguments.grid or arguments.open):
+        raise UserError("--explain draws: add --grid FILE.png, or --open")
+    check_target(arguments.grid)
+    index = Index.open(arguments.index, arguments.device)
+    if arguments.captions:
+        captions = index.find_captions(_indexed_name(index, arguments.image) or arguments.image, arguments.n)
+        print(json.dumps(captions) if arguments.json else "\n".join(f"{cosine:6.3f}  {c}" for c, cosine in captions))
+        return
+    results = index.search(list(arguments.queries), arguments.n, arguments.where, arguments.min_score)
+    if arguments.image:
+        results.append(_like(index, arguments))
+    if arguments.json:
+        content = [{"query": result.query, "results": result.records} for result in results]
+        print(json.dumps(content, indent=2))
+    else:
+        from .retrieval.terminal import thumbnail
+
+        for result in results:
+            print(f"{result.query!r}" + ("" if result else "  no image"))
+            for text, (name, _) in zip(result.captions(), result, strict=True):
+                print(f"  {text}  {thumbnail(result.folder / name)}{name}")
+    if arguments.grid or arguments.open:
+        _draw(index, results, arguments)
+
+
+def _indexed_name(index: Index, image: str) -> str:
+    """The path of an image file in the index; "" where it is not indexed."""
+    path = Path(image).expanduser().resolve()
+    name = path.relative_to(index.folder).as_posix() if path.is_relative_to(index.folder) else image
+    return name if index.store.vector(name) is not None else ""
+
+
+def _like(index: Index, arguments: FindArguments) -> Matches:
+    """The images most like `--image`, which may be indexed itself."""
+    if name := _indexed_name(index, arguments.image):
+        return index.similar(name, arguments.n, arguments.where, arguments.min_score)
+    return index.search(Path(arguments.image), arguments.n, arguments.where, arguments.min_score)
+
+
+def _draw(index: Index, results: list[Matches], arguments: FindArguments) -> None:
+    """Write the grid of all results, and show it where asked."""
+    import tempfile
+    import webbrowser
+
+    from .retrieval.results import columns_for, save_grid
+
+    if arguments.explain:
+        from .retrieval.explain import draw_explained
+
+        figure = draw_explained(index.model, results)
+    path = Path(arguments.grid or Path(tempfile.mkdtemp(prefix="clip-scratch-"), "found.png"))
+    save_grid(results, path, max(columns_for(len(result)) for result in results))
+    print(f"written: {path}", file=sys.stderr)
+    if arguments.open:
+        webbrowser.open(path.resolve().as_uri())
 
 
 if __name__ == "__main__":

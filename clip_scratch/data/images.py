@@ -54,7 +54,7 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     elif not isinstance(image, Image.Image):
-        with _open(image) as file:
+        with open_image(image) as file:
             file.load()
             image = file
     image = ImageOps.exif_transpose(image)
@@ -66,8 +66,8 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _open(path: str | Path) -> Image.Image:
-    """Image.open, and for HEIC files, whatever their suffix, the decoder of the `heif` extra."""
+def open_image(path: str | Path) -> Image.Image:
+    """Image.open, and for HEIC files, whatever their suffix, the decoder of the `heif` extra; not yet decoded."""
     try:
         return Image.open(path)
     except UnidentifiedImageError:
@@ -130,7 +130,7 @@ def image_prefix(cfg: CFG, train: bool, paths: Sequence[str] = ()) -> tuple[int,
     if train and cfg.crop_scale < 1:
         shorter, short = [], 0
         for path in paths[:: -(-len(paths) // 100)]:
-            with reading(path), _open(path) as file:
+            with reading(path), open_image(path) as file:
                 shorter.append(min(file.size))
         side = max(cfg.size, min(round(cfg.size * 8 / 7), int(np.median(shorter))))
     return side, partial(_square, size=side, short=short, interpolation=cfg.interpolation)

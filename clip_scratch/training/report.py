@@ -13,7 +13,8 @@ from ..evaluation.retrieval import format_table
 from ..files import write_figure
 from ..models.clip import DualEncoder
 from ..models.freezing import count_parameters, frozen_parts
-from ..retrieval.matches import draw_matches, find_matches
+from ..retrieval.matches import find_matches
+from ..retrieval.results import draw_matches
 from .engine import EpochStats
 from .optimizer import learning_rates
 from .run import Run

@@ -1,0 +1,119 @@
+"""Queries -> embeddings: sentences, images, and their sums and differences, by the model that an index carries.
+
+The text tower comes as ONNX where the index has it: onnxruntime and tokenizers start in a third of a second, torch and
+transformers in three.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..data.images import IMAGE_SUFFIXES
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..models.clip import DualEncoder
+    from .embed import ImageLike
+
+MODEL, QUICK = "model", "query"  # folders of an index: a copy of the run's best/, and the text tower as ONNX
+_TERM = re.compile(r"(?:^|\s)([+-])\s+")
+_WEIGHT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*\*\s*(.+)", re.DOTALL)
+
+
+class QueryEncoder:
+    """What embeds queries as the images of an index were embedded; the model is loaded when it is first needed."""
+
+    def __init__(self, folder: Path, device: str = "cpu"):
+        self.folder, self.device = folder, device
+
+    @cached_property
+    def model(self) -> DualEncoder:
+        """The whole model, for images and where there is no ONNX text tower."""
+        from ..models.saved import load
+
+        return load(self.folder / MODEL, self.device)
+
+    @cached_property
+    def _quick(self) -> tuple | None:
+        """The onnxruntime session and the tokenizer of the text tower; None where one of them is missing."""
+        path = self.folder / QUICK
+        if not (path / "text.onnx").is_file():
+            return None
+        try:
+            import onnxruntime
+            from tokenizers import Tokenizer
+        except ImportError:
+            return None
+        onnxruntime.set_default_logger_severity(3)
+        session = onnxruntime.InferenceSession(path / "text.onnx", providers=["CPUExecutionProvider"])
+        return session, Tokenizer.from_file(str(path / "tokenizer.json"))
+
+    def text(self, sentences: Sequence[str]) -> np.ndarray:
+        """Sentences -> (N, P) float32, L2-normalised. Raises UserError for one without text."""
+        if not all(sentence.strip() for sentence in sentences):
+            raise UserError("a query has no text")
+        if self._quick is None or "model" in self.__dict__:
+            from .embed import encode_text
+
+            return encode_text(self.model, sentences).numpy()
+        session, tokenizer = self._quick
+        encoded = tokenizer.encode_batch(list(sentences))
+        ids, mask = (np.array([getattr(e, name) for e in encoded], np.int64) for name in ("ids", "attention_mask"))
+        return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+
+    def image(self, images: Sequence[ImageLike]) -> np.ndarray:
+        """Image files, PIL images or arrays -> (N, P) float32, L2-normalised. Raises UserError for an unreadable one."""
+        from .embed import encode_image
+
+        return encode_image(self.model, images).numpy()
+
+    def composed(self, query: str) -> tuple[np.ndarray, bool]:
+        """A query as typed -> its embedding (P,), and whether it is of words alone.
+
+        `+` and `-` between spaces add and subtract sentences or image files, `0.5*` before one weighs it: "photo.jpg +
+        at night - 0.5*people". Raises UserError where a term is empty or everything cancels out.
+        """
+        terms = [(weight, name, _is_image(name)) for weight, name in parse(query)]
+        total = sum(weight * (self.image if image else self.text)([name])[0] for weight, name, image in terms)
+        length = np.linalg.norm(total)
+        if length < 1e-6:
+            raise UserError(f"the parts of the query {query!r} cancel out")
+        return total / length, not any(image for *_, image in terms)
+
+
+def parse(query: str) -> list[tuple[float, str]]:
+    """The weighted terms of a query: "a + 0.5*b - c" -> [(1, "a"), (0.5, "b"), (-1, "c")]."""
+    parts = _TERM.split(query.strip())
+    if not parts[0].strip() and len(parts) > 1:
+        parts = parts[1:]
+    else:
+        parts = ["+", *parts]
+    terms = []
+    for sign, term in zip(parts[::2], parts[1::2], strict=True):
+        weight, term = 1.0, term.strip()
+        if found := _WEIGHT.fullmatch(term):
+            weight, term = float(found[1]), found[2].strip()
+        if not term:
+            raise UserError(f"a part of the query {query!r} has no text" if query.strip() else "the query has no text")
+        terms.append((weight if sign == "+" else -weight, term))
+    return terms
+
+
+def _is_image(name: str) -> bool:
+    """Whether a term names an image file; one that looks like it but is missing raises UserError."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in IMAGE_SUFFIXES or len(name) > 1000:
+        return False
+    try:
+        if path.is_file():
+            return True
+    except OSError:
+        pass
+    raise UserError(f"there is no image {name}")
