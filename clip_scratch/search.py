@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class IndexArguments:
-    """Embed the images of a folder, and keep them so that `find` answers at once. Run it again to bring it up to date."""
+    """Embed the images of a folder, so that `find` answers at once. Run it again to update it."""
 
     run: Positional[str]  # run folder, or its best/
     images: Positional[str]  # folder of the images, with all below it
@@ -29,7 +29,7 @@ class IndexArguments:
     table: str = ""  # CSV file with an image column; its other columns can be asked for by find --where
     ann: bool = False  # build an approximate index too, as is done from a million images on
     store: str = (
-        ""  # keep the embeddings in Milvus: milvus://HOST:PORT/COLLECTION, or a file NAME.db; empty: in the index
+        ""  # embeddings in Milvus: milvus://HOST:PORT/COLLECTION, or a file NAME.db; empty: in the index
     )
     device: str = "auto"  # cpu, cuda, ...; auto: the best available
 
@@ -41,7 +41,7 @@ class FindArguments:
     index: Positional[str]  # folder of the index
     queries: Positional[
         tuple[str, ...]
-    ] = ()  # sentences, or sums such as "a dog + snow - 0.5*people" or "photo.jpg + at night"
+    ] = ()  # sentences, or sums such as "photo.jpg + snow - 0.5*people"
     image: str = ""  # find images like this one
     n: Annotated[int, arg(aliases=["-n"])] = 9  # how many to show
     where: str = ""  # SQL condition on the images, such as "year >= 2020 and path like '%holiday%'"

@@ -45,7 +45,7 @@ def read_info(folder: Path) -> dict:
         raise UserError(f"{path} is damaged ({error}): delete {folder} and index the images again") from error
     if version != FORMAT:
         raise UserError(
-            f"{folder} was written by another version of clip_scratch: delete it and index the images again"
+            f"{folder} is of another version of clip_scratch: delete it and index the images again"
         )
     return info
 

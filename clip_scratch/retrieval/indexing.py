@@ -190,7 +190,7 @@ def _embed(
 def _embedded(
     model: DualEncoder, images: Path, names: Sequence[str], report: Report
 ) -> Iterator[tuple[list[tuple[str, dict]], np.ndarray]]:
-    """Batches of (name, width, height and date), and their embeddings (B, P); images that cannot be read are reported."""
+    """Batches of (name, width, height and date), and their embeddings (B, P); unreadable images are reported."""
     transform = model.image_transform(train=False)
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         decoded = _ahead(pool, partial(_decoded, images, transform), names)

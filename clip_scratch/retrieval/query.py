@@ -6,7 +6,6 @@ transformers in three.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -69,7 +68,7 @@ class QueryEncoder:
         return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
 
     def image(self, images: Sequence[ImageLike]) -> np.ndarray:
-        """Image files, PIL images or arrays -> (N, P) float32, L2-normalised. Raises UserError for an unreadable one."""
+        """Image files, PIL images or arrays -> (N, P) float32, L2-normalised. Raises UserError for a corrupt one."""
         from .embed import encode_image
 
         return encode_image(self.model, images).numpy()
@@ -91,10 +90,7 @@ class QueryEncoder:
 def parse(query: str) -> list[tuple[float, str]]:
     """The weighted terms of a query: "a + 0.5*b - c" -> [(1, "a"), (0.5, "b"), (-1, "c")]."""
     parts = _TERM.split(query.strip())
-    if not parts[0].strip() and len(parts) > 1:
-        parts = parts[1:]
-    else:
-        parts = ["+", *parts]
+    parts = ["+", *parts] if parts[0].strip() or len(parts) == 1 else parts[1:]
     terms = []
     for sign, term in zip(parts[::2], parts[1::2], strict=True):
         weight, term = 1.0, term.strip()

@@ -126,9 +126,10 @@ class LocalStore:
         without one. `ann` builds it for a small store too.
         """
         with self._errors():
+            self._refresh()
             if self._rows - len(self) > _DEAD * self._rows:
                 self._compact()
-            self._refresh()
+                self._refresh()
         if not len(self) or not (ann or len(self) >= ANN_FROM):
             with contextlib.suppress(OSError):
                 self._ann_path.unlink(missing_ok=True)
