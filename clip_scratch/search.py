@@ -28,9 +28,7 @@ class IndexArguments:
     index: str = ""  # folder of the index; empty: indexes/ and the name of the image folder
     table: str = ""  # CSV file with an image column; its other columns can be asked for by find --where
     ann: bool = False  # build an approximate index too, as is done from a million images on
-    store: str = (
-        ""  # embeddings in Milvus: milvus://HOST:PORT/COLLECTION, or a file NAME.db; empty: in the index
-    )
+    store: str = ""  # embeddings in Milvus: milvus://HOST:PORT/COLLECTION, or a file NAME.db; empty: in the index
     device: str = "auto"  # cpu, cuda, ...; auto: the best available
 
 
@@ -39,9 +37,7 @@ class FindArguments:
     """Find the images of an index that fit sentences or images, or captions that fit an image."""
 
     index: Positional[str]  # folder of the index
-    queries: Positional[
-        tuple[str, ...]
-    ] = ()  # sentences, or sums such as "photo.jpg + snow - 0.5*people"
+    queries: Positional[tuple[str, ...]] = ()  # sentences, or sums such as "photo.jpg + snow - 0.5*people"
     image: str = ""  # find images like this one
     n: Annotated[int, arg(aliases=["-n"])] = 9  # how many to show
     where: str = ""  # SQL condition on the images, such as "year >= 2020 and path like '%holiday%'"

@@ -144,7 +144,8 @@ class DualEncoder(nn.Module):
 
 def features_in_chunks(tower, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """`tower(input_ids, attention_mask)` (C, D); on a CPU, where padding costs time, by captions of similar length."""
-    if attention_mask.device.type != "cpu" or len(attention_mask) <= _CHUNK:
+    # An exported graph takes any number of captions, and cannot branch on it
+    if attention_mask.device.type != "cpu" or torch.compiler.is_exporting() or len(attention_mask) <= _CHUNK:
         return tower(input_ids, attention_mask)
     lengths, order = attention_mask.sum(1).sort(stable=True)
     chunks = zip(order.split(_CHUNK), lengths.split(_CHUNK), strict=True)

@@ -44,9 +44,7 @@ def read_info(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete {folder} and index the images again") from error
     if version != FORMAT:
-        raise UserError(
-            f"{folder} is of another version of clip_scratch: delete it and index the images again"
-        )
+        raise UserError(f"{folder} is of another version of clip_scratch: delete it and index the images again")
     return info
 
 
