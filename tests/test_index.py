@@ -299,7 +299,9 @@ def test_scores(built):
     assert found == pytest.approx(dict(zip(names, wanted, strict=True)), abs=0.05)
     by_image = index.nearest(["q"], query[None].astype(np.float32), 100, of_words=False)[0]
     wanted = scale * images @ query - of_query
-    assert {r["path"]: r["score"] for r in by_image.records} == pytest.approx(dict(zip(names, wanted)), abs=0.05)
+    assert {r["path"]: r["score"] for r in by_image.records} == pytest.approx(
+        dict(zip(names, wanted, strict=True)), abs=0.05
+    )
 
 
 @pytest.mark.parametrize("min_score", [-3.0, 0.0, 0.5, 1.0, 50.0])

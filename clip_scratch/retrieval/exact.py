@@ -2,7 +2,8 @@
 
 Q queries, N rows, P dimensions. The time is that of reading the rows from memory: where the processor computes in bf16,
 a large matrix is scanned in a bf16 copy, which takes half the bytes and half the time at a million rows. The copy's
-error is known, and the rows that may be among the best are scored again in float64: the result is that of a full scan.
+error is known, and all rows that may be among the best are scored again in float64: the result is that of a full scan.
+Without a copy the best rows of a float32 scan are.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class ExactSearch:
             part = queries[start : start + step]
             for i, (query, scan) in enumerate(zip(part, self._scan(part), strict=True), start):
                 candidates = self._candidates(query, scan, k)
-                exact = scan[candidates] if self.half is None else self._scores(query, candidates)
+                exact = self._scores(query, candidates)
                 best = np.lexsort((candidates, -exact))[:k]  # equal scores in the order of their rows
                 scores[i], numbers[i] = exact[best], candidates[best]
         return scores, numbers

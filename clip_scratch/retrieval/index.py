@@ -53,7 +53,7 @@ def open_store(folder: Path, info: dict, writing: bool = False):
     if info["store"]:
         from .milvus_store import MilvusStore
 
-        return MilvusStore(info["store"], info["dim"], writing)
+        return MilvusStore(info["store"], folder, info["dim"], writing)
     return LocalStore(folder, info["dim"], writing)
 
 

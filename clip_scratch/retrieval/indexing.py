@@ -70,6 +70,8 @@ def update_index(
     for a folder that is an index of something else or is being written by another process.
     """
     images, folder = Path(images).expanduser(), Path(folder)
+    if ann and store:
+        raise UserError("--ann is of no use with --store: Milvus has indexes of its own")
     columns = read_columns(Path(table)) if table else {}
     names = images_below(images)
     model = load(run, device)
