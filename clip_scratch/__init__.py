@@ -29,6 +29,7 @@ _HOME = {
     "find_matches": "retrieval.matches",
     "find_captions": "retrieval.matches",
     "Index": "retrieval.index",
+    "explain": "retrieval.explain",
 }
 __all__ = sorted(_HOME)
 

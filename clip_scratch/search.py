@@ -105,8 +105,8 @@ def _find(arguments: FindArguments) -> None:
         raise UserError("nothing to look for: give a sentence, or --image FILE")
     if arguments.captions and (not arguments.image or arguments.queries):
         raise UserError("--captions finds captions for one image: give --image FILE, and no sentence")
-    if arguments.explain and not (arguments.grid or arguments.open):
-        raise UserError("--explain draws: add --grid FILE.png, or --open")
+    if arguments.explain and (arguments.image or not (arguments.grid or arguments.open)):
+        raise UserError("--explain draws where sentences lie: give sentences, and --grid FILE.png or --open")
     check_target(arguments.grid)
     index = Index.open(arguments.index, arguments.device)
     if arguments.captions:
@@ -151,12 +151,15 @@ def _draw(index: Index, results: list[Matches], arguments: FindArguments) -> Non
 
     from .retrieval.results import columns_for, save_grid
 
+    picture = None
     if arguments.explain:
-        from .retrieval.explain import draw_explained
+        from .retrieval.explain import explain
 
-        figure = draw_explained(index.model, results)
+        def picture(path: Path, query: str):
+            return explain(index.model, path, query).overlay()
+
     path = Path(arguments.grid or Path(tempfile.mkdtemp(prefix="clip-scratch-"), "found.png"))
-    save_grid(results, path, max(columns_for(len(result)) for result in results))
+    save_grid(results, path, max(columns_for(len(result)) for result in results), picture)
     print(f"written: {path}", file=sys.stderr)
     if arguments.open:
         webbrowser.open(path.resolve().as_uri())

@@ -70,7 +70,7 @@ def test_an_index_searches_it(stores, tmp_path):
         results.append(index.nearest(["q"], unit(1, 7), n=20, min_score=0.2)[0].to_frame())
         assert len(index) == N
     ours, theirs = results
-    assert 0 < len(ours) and list(ours["path"]) == list(theirs["path"])
+    assert len(ours) > 0 and list(ours["path"]) == list(theirs["path"])
     assert list(ours["score"]) == pytest.approx(list(theirs["score"]), abs=1e-3)
 
 

@@ -35,7 +35,7 @@ class MilvusStore:
         found = re.fullmatch(r"milvus://([^/]+:\d+)/(\w+)", store)
         if not found and not re.fullmatch(r"[\w.-]+\.db", store):
             raise UserError(
-                f"store {store!r} is neither milvus://HOST:PORT/COLLECTION nor a file name such as photos.db"
+                f"store {store!r} is neither milvus://HOST:PORT/COLLECTION nor a file name, as photos.db"
             )
         try:
             from pymilvus import MilvusClient, MilvusException

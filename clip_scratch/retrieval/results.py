@@ -75,8 +75,11 @@ def columns_for(n: int) -> int:
     return max(1, math.ceil(math.sqrt(n)))
 
 
-def draw_matches(results: Sequence[Matches], columns: int):
-    """A figure with `columns` images a line, each query's images below its text, best first."""
+def draw_matches(results: Sequence[Matches], columns: int, picture: Callable[[Path, str], object] | None = None):
+    """A figure with `columns` images a line, each query's images below its text, best first.
+
+    `picture` draws an image file for a query: RGB uint8, (H, W, 3); by default the image itself.
+    """
     from matplotlib.figure import Figure
 
     lines = [-(-max(1, len(result)) // columns) for result in results]
@@ -92,7 +95,8 @@ def draw_matches(results: Sequence[Matches], columns: int):
         for axis, (name, _), text in zip(axes, result, result.captions(), strict=False):
             axis.set_title(text.strip(), fontsize=9)
             try:
-                axis.imshow(load_image(folder / name), aspect="equal")
+                pixels = picture(folder / name, result.query) if picture else load_image(folder / name)
+                axis.imshow(pixels, aspect="equal")
             except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
                 fault = "file is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
                 text = f"{name}\n({fault})"
@@ -100,6 +104,8 @@ def draw_matches(results: Sequence[Matches], columns: int):
     return figure
 
 
-def save_grid(results: Sequence[Matches], path: str | Path, columns: int) -> Path:
-    """Write several queries' results, one below the other, to one picture."""
-    return write_figure(draw_matches(results, columns), path)
+def save_grid(
+    results: Sequence[Matches], path: str | Path, columns: int, picture: Callable[[Path, str], object] | None = None
+) -> Path:
+    """Write several queries' results, one below the other, to one picture; see `draw_matches`."""
+    return write_figure(draw_matches(results, columns, picture), path)
