@@ -54,8 +54,8 @@ def main() -> None:
         found, control = explain(model, image, query), explain(model, image, other)
         side = len(found.heat)
         points = {
-            "peak": peak(found.heat), "centre of mass": np.array(found.centre), "peak, another query": peak(control.heat),
-            "a random point": rng.random(2) * side,
+            "peak": peak(found.heat), "centre of mass": np.array(found.centre),
+            "peak, another query": peak(control.heat), "a random point": rng.random(2) * side,
         }  # fmt: skip
         for name, point in points.items():
             hits[name].append(np.hypot(*(point / side - (x, y))) <= radius)

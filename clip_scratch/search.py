@@ -93,7 +93,7 @@ def _print_report(report: Report, folder: Path) -> None:
         print(f"{report.unmatched:,} rows of the table name no image", file=sys.stderr)
     if report.faults:
         some = "".join(f"\n  {name}: {fault}" for name, fault in list(report.faults.items())[:20])
-        print(f"{len(report.faults):,} images cannot be read and were left out:{some}", file=sys.stderr)
+        print(f"left out, since they cannot be read: {len(report.faults):,}{some}", file=sys.stderr)
     print(f"search it: python -m clip_scratch.search find {shlex.quote(str(folder))} 'a dog on a beach'")
 
 

@@ -332,21 +332,27 @@ def test_evaluate(refused, finished, tmp_path, tiny_data, run_copy):
 
 
 def test_search(refused, finished, tmp_path):
-    def wrong(query="a red square", run=finished, **settings):
-        return refused(lambda: search.main(search.Arguments(str(run), query, **settings)))
+    def index(run=finished, images=tmp_path / "photos", **settings):
+        where = settings.pop("index", str(tmp_path / "index"))
+        return refused(lambda: search.main(search.IndexArguments(str(run), str(images), where, **settings)))
 
-    assert "is not a run folder" in wrong(run=tmp_path / "nowhere")
-    assert "there is no folder" in wrong(images=str(tmp_path / "none"))
-    assert "there are no images" in wrong(images=str(tmp_path))
-    assert "n is at least 1" in wrong(n=0)
-    assert "none.png" in wrong(query=str(tmp_path / "none.png"))
-    assert "there is no folder" in wrong(save=str(tmp_path / "none/x.png"))
-    assert "device 'nonsense' is not available" in wrong(device="nonsense")
+    def find(*queries, index=tmp_path / "index", **settings):
+        return refused(lambda: search.main(search.FindArguments(str(index), queries, **settings)))
+
+    assert "there is no folder" in index()
     (tmp_path / "photos").mkdir()
-    assert "leave out --images" in wrong(query=str(tmp_path / "none.png"), images=str(tmp_path / "photos"))
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad/x.jpg").write_bytes(b"no picture")
-    assert "x.jpg" in wrong(images=str(tmp_path / "bad"))
+    assert "there are no images" in index()
+    (tmp_path / "photos/x.jpg").write_bytes(b"no picture")
+    assert "is not a run folder" in index(run=tmp_path / "nowhere")
+    assert "device 'nonsense' is not available" in index(device="nonsense")
+    assert "cannot be read as a CSV file" in index(table=str(tmp_path / "none.csv"))
+    (tmp_path / "file").write_text("")
+    assert "is not an index" in find("a dog", index=tmp_path / "photos")
+    assert "cannot be written" in index(index=str(tmp_path / "file"))
+    assert "nothing to look for" in find()
+    assert "there is no folder" in find("a dog", grid=str(tmp_path / "none/x.png"))
+    assert "give --image FILE" in find("a dog", captions=True)
+    assert "--explain draws" in find("a dog", explain=True)
 
 
 def test_the_data_of_a_run_are_gone(refused, run_copy, tmp_path):
@@ -355,14 +361,12 @@ def test_the_data_of_a_run_are_gone(refused, run_copy, tmp_path):
     best.write_text(json.dumps(settings))
     line = refused(lambda: evaluate.main(evaluate.Arguments(str(run_copy), device="cpu")))
     assert "captions.txt" in line and "--captions-path" in line
-    line = refused(lambda: search.main(search.Arguments(str(run_copy), "a red square")))
-    assert "captions.txt" in line
 
 
 def test_the_commands_themselves(tmp_path):
     """The verbs as processes of their own: exit status 2, one line, nothing else."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    commands = [["train", "flicker8k"], ["evaluate", "nowhere"], ["search", "nowhere", "a dog"]]
+    commands = [["train", "flicker8k"], ["evaluate", "nowhere"], ["search", "find", "nowhere", "a dog"]]
     commands += [["compare", "nowhere"], ["classify", "nowhere"]]
     processes = [
         subprocess.Popen(

@@ -1,14 +1,13 @@
-"""The command lines of train, evaluate and search: words to settings, and what they print."""
+"""The command lines of train and evaluate: words to settings, and what they print."""
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import tyro
 
-from clip_scratch import evaluate, search
+from clip_scratch import evaluate
 from clip_scratch.cli import parse
 from clip_scratch.config import CFG
 from clip_scratch.errors import UserError
@@ -130,7 +129,7 @@ def test_a_resume_of_no_run(tmp_path):
         parse(["--resume", str(tmp_path)])
 
 
-# ---- evaluate and search, as typed
+# ---- evaluate, as typed
 
 
 def test_evaluate_prints_and_writes(scene_run, monkeypatch, capsys, tmp_path):
@@ -151,49 +150,3 @@ def test_evaluate_on_other_captions(scene_run, tiny_data):
     tiny_data.table.to_csv(with_splits, index=False)
     result = evaluate.evaluate(scene_run.folder, "valid", str(with_splits), str(tiny_data.image_path))
     assert (result["split"], result["n_images"]) == ("valid", 6)
-
-
-def test_search_by_words_and_by_image(scene_run, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(scene_run.cwd)
-    search.main(
-        tyro.cli(search.Arguments, args=["runs/scenes", "a red circle", "--n", "3", "--save", str(tmp_path / "x.png")])
-    )
-    out = capsys.readouterr().out
-    assert "'a red circle'" in out and "written: " in out and (tmp_path / "x.png").is_file()
-    images = scene_run.cwd / "data/scenes-240-42/Images"
-    search.main(search.Arguments("runs/scenes/best", "a red circle", images=str(images.parent), n=2, device="cpu"))
-    assert len([line for line in capsys.readouterr().out.splitlines() if "Images/" in line]) == 2
-    search.main(search.Arguments("runs/scenes", str(next(images.iterdir())), n=4, device="cpu"))
-    assert len(capsys.readouterr().out.splitlines()) == 4
-
-
-def test_a_broken_file_does_not_end_a_search(scene_run, monkeypatch, capsys, tmp_path):
-    """It is skipped, counted and named; hidden files, AppleDouble files and folders named like images are no images."""
-    monkeypatch.chdir(scene_run.cwd)
-    images = sorted((scene_run.cwd / "data/scenes-240-42/Images").iterdir())[:3]
-    for image in images:
-        (tmp_path / image.name).write_bytes(image.read_bytes())
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "._broken.png").write_bytes(b"AppleDouble")
-    (tmp_path / "folder.png").mkdir()
-    search.main(search.Arguments("runs/scenes", "a red circle", images=str(tmp_path), device="cpu"))
-    out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 4 and "broken" not in out and "folder" not in out
-    assert "skipped 1 of 4 images" in err and "broken.png: cannot be decoded" in err
-
-
-def test_search_after_bad_images_were_skipped(scene_run, tiny_data, monkeypatch, capsys, tmp_path):
-    """Training with --on-bad-image skip left out an image that the captions file still names; search does too."""
-    shutil.copytree(scene_run.folder / "best", tmp_path / "best")
-    shutil.copytree(tiny_data.image_path, tmp_path / "Images")
-    tiny_data.table.to_csv(tmp_path / "captions.csv", index=False)
-    (tmp_path / "Images/21.png").write_bytes(b"no picture")
-    config = tmp_path / "best/config.json"
-    data = {"captions_path": str(tmp_path / "captions.csv"), "image_path": str(tmp_path / "Images")}
-    write_json(config, json.loads(config.read_text()) | data | {"on_bad_image": "skip"})
-    search.main(search.Arguments(str(tmp_path / "best"), "red", device="cpu"))
-    out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 1 + 5 and "21.png: cannot be decoded" in err
-    write_json(config, json.loads(config.read_text()) | {"on_bad_image": "error"})
-    with pytest.raises(UserError, match=r"21.png cannot be read as an image"):
-        search.main(search.Arguments(str(tmp_path / "best"), "red", device="cpu"))

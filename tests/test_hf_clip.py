@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 import clip_scratch.evaluate as evaluate_verb
-from clip_scratch import CFG, encode_image, encode_text, find_matches, load, search
+from clip_scratch import CFG, Index, encode_image, encode_text, find_matches, load
 from clip_scratch.cli import parse
 from clip_scratch.data.captions import check_images, image_folder, read_captions, split_of
 from clip_scratch.data.loaders import build_loaders
@@ -30,6 +30,7 @@ from clip_scratch.evaluation.retrieval import recall_at_k
 from clip_scratch.models import saved as checkpoint
 from clip_scratch.models.hf_clip import HFCLIPModel
 from clip_scratch.presets import PRESETS, HFClip
+from clip_scratch.retrieval.indexing import update_index
 from clip_scratch.train import main
 from clip_scratch.training.engine import compute_loss, loss_function, train_epoch
 from clip_scratch.training.optimizer import build_optimizer
@@ -520,9 +521,9 @@ def test_the_command_end_to_end(hf_clip, tmp_path, monkeypatch, capsys):
     embeddings = encode_image(model, [image_folder(cfg, table) / name for name in names])
     found = find_matches(model, embeddings, "a red circle", names)
     assert len({name for name, _ in found}) == len(found)
+    update_index(run, image_folder(cfg, table), "index", device="cpu")
+    assert dict(Index.open("index").search("a red circle", n=100))[found[0][0]] == pytest.approx(found[0][1], abs=2e-3)
     capsys.readouterr()
-    search.main(search.Arguments("run", "a red circle"))
-    assert found[0][0] in capsys.readouterr().out
     evaluate_verb.main(evaluate_verb.Arguments("run", device="cpu", json="figures.json"))
     assert "R@1" in capsys.readouterr().out and json.loads(Path("figures.json").read_text())["rsum"] == best["rsum"]
     compare(CompareArguments(("run",), device="cpu"))

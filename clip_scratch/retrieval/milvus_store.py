@@ -34,9 +34,7 @@ class MilvusStore:
     def __init__(self, store: str, folder: Path, dim: int, writing: bool = False):
         found = re.fullmatch(r"milvus://([^/]+:\d+)/(\w+)", store)
         if not found and not re.fullmatch(r"[\w.-]+\.db", store):
-            raise UserError(
-                f"store {store!r} is neither milvus://HOST:PORT/COLLECTION nor a file name, as photos.db"
-            )
+            raise UserError(f"store {store!r} is neither milvus://HOST:PORT/COLLECTION nor a file name, as photos.db")
         try:
             from pymilvus import MilvusClient, MilvusException
         except ImportError as error:

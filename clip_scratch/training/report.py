@@ -123,9 +123,11 @@ class Report:
             tried = f": {progress.epoch} epochs of fine-tuning did not improve on it. Try lower learning rates"
             print("best/ is the untouched, zero-shot model" + (tried if progress.epoch else ""))
         print(format_table(metrics, "valid", self.valid_df["image_id"].nunique(), len(self.valid_df)))
+        images, query = self.source.image_folder, shlex.quote(self._queries()[0])
         commands = {
             "three queries and their images": folder / "retrieval.png",
-            "search with the model": f"python -m clip_scratch.search {folder} {shlex.quote(self._queries()[0])}",
+            "index a folder of pictures": f"python -m clip_scratch.search index {folder} {images}",
+            "search it": f"python -m clip_scratch.search find indexes/{images.name} {query}",
             "measure it again": f"python -m clip_scratch.evaluate {folder}",
         }
         if self.is_pretrained:
