@@ -45,7 +45,10 @@ def test_the_same_answers(stores):
             for a, b in zip(ours, theirs, strict=True):
                 assert {name: b[name] for name in record(0)} == {name: a[name] for name in record(0)}
     assert np.allclose(milvus.vector("a/4.jpg"), local.vector("a/4.jpg"), atol=1e-3) and milvus.vector("x") is None
-    assert milvus.sample(10).shape == (10, DIM) and {"path", "year", "size"} <= set(milvus.columns)
+    paths, sampled = milvus.sample(10)
+    assert sampled.shape == (10, DIM) and np.allclose(sampled[3], milvus.vector(paths[3]))
+    assert milvus.record("a/4.jpg")["size"] == local.record("a/4.jpg")["size"] == 4 and local.record("x") is None
+    assert {"path", "year", "size"} <= set(milvus.columns)
 
 
 def test_insert_replace_delete_count(tmp_path):

@@ -199,7 +199,9 @@ class Index:
         records = self.store.search(embedding[None], k, where)[0]
         backgrounds = [record.pop("background") for record in records]
         scores = [score(r["cosine"], background=b) for r, b in zip(records, backgrounds, strict=True)]
-        return [{"path": r.pop("path"), "score": value, **r} for r, value in zip(records, scores, strict=True)]
+        first = ("path", "score", "cosine")  # in this order in a table
+        records = [r | {"score": value} for r, value in zip(records, scores, strict=True)]
+        return [{name: r[name] for name in first} | r for r in records]
 
     def _scorer(self, embedding: np.ndarray, of_words: bool) -> Callable[..., float]:
         """A function from an image's cosine and background to the log-likelihood ratio of the pair.
@@ -220,7 +222,7 @@ class Index:
 
     @cached_property
     def _images(self) -> np.ndarray:
-        return self.store.sample(_BACKGROUND)
+        return self.store.sample(_BACKGROUND)[1]
 
 
 def read_captions_of(folder: Path, dim: int) -> tuple[list[str], np.ndarray]:

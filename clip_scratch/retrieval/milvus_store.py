@@ -131,10 +131,16 @@ class MilvusStore:
             found = self._client.get(self.collection, ids=[path], output_fields=["embedding"])
         return np.asarray(found[0]["embedding"], np.float32) if found else None
 
-    def sample(self, n: int) -> np.ndarray:
+    def record(self, path: str) -> dict | None:
         with self._errors():
-            rows = self._client.query(self.collection, filter="", limit=min(n, _MOST), output_fields=["embedding"])
-        return np.asarray([row["embedding"] for row in rows], np.float32)
+            found = self._client.get(self.collection, ids=[path], output_fields=["*"])
+        return {name: value for name, value in found[0].items() if name != "embedding"} if found else None
+
+    def sample(self, n: int) -> tuple[list[str], np.ndarray]:
+        fields = ["path", "embedding"]
+        with self._errors():
+            rows = self._client.query(self.collection, filter="", limit=min(n, _MOST), output_fields=fields)
+        return [row["path"] for row in rows], np.asarray([row["embedding"] for row in rows], np.float32)
 
     def least_background(self) -> float:
         return -math.inf  # Milvus has no minimum: a cut-off by score looks at all images that it returns

@@ -162,7 +162,8 @@ class LocalStore:
         rows = self._live_rows()
         graph = usearch.Index(ndim=self.dim, metric="ip", dtype="f16")
         for part in tqdm(np.array_split(rows, -(-len(rows) // 10_000)), desc="approximate index", unit="10k"):
-            graph.add(part, self.embeddings[part])
+            # Insertion in parallel leaves some nodes of a small graph out of reach
+            graph.add(part, self.embeddings[part], threads=1 if len(rows) <= len(part) else 0)
         write_atomically(self._ann_path, lambda temporary: graph.save(str(temporary)))
         self._graph = graph
         sample = np.random.default_rng(0).choice(rows, min(200, len(rows)), replace=False)
@@ -196,7 +197,12 @@ class LocalStore:
             else:
                 cosines, numbers = search.search(queries, k)
                 found = [(live[n], c) for n, c in zip(numbers, cosines, strict=True)]
-            return [self._records(rows.tolist(), cosines.tolist()) for rows, cosines in found]
+            results = []
+            for rows, cosines in found:
+                records = self._records(rows.tolist())
+                nearest = zip(rows.tolist(), cosines.tolist(), strict=True)
+                results.append([{**records[row], "cosine": cosine} for row, cosine in nearest if row in records])
+            return results
 
     def vector(self, path: str) -> np.ndarray | None:
         """The embedding of an image by its path, (dim,); None where it is not indexed."""
@@ -205,12 +211,19 @@ class LocalStore:
             found = self._sql.execute("select row from photos where path = ?", (path,)).fetchone()
             return found and np.asarray(self.embeddings[found[0]], np.float32)
 
-    def sample(self, n: int) -> np.ndarray:
-        """The embeddings of `n` images drawn at random, the same ones while the index does not change: (n, dim)."""
+    def record(self, path: str) -> dict | None:
+        """The manifest's columns of an image by its path; None where it is not indexed."""
+        with self._lock, self._errors():
+            found = self._sql.execute("select row from photos where path = ?", (path,)).fetchone()
+            return self._records([found[0]])[found[0]] if found else None
+
+    def sample(self, n: int) -> tuple[list[str], np.ndarray]:
+        """The paths and embeddings (n, dim) of up to `n` images drawn at random, the same ones at each call."""
         with self._lock, self._errors():
             self._refresh()
             rows = np.arange(self._rows) if n >= self._rows else np.random.default_rng(0).integers(0, self._rows, n)
-            return np.asarray(self.embeddings[rows], np.float32)
+            records = self._records(np.unique(rows).tolist())
+            return [r["path"] for r in records.values()], np.asarray(self.embeddings[list(records)], np.float32)
 
     def least_background(self) -> float:
         """The least `background` of all images."""
@@ -225,17 +238,17 @@ class LocalStore:
     def _ann_path(self) -> Path:
         return self.folder / "neighbours.usearch"
 
-    def _records(self, rows: list[int], cosines: list[float]) -> list[dict]:
-        cosine_of, found = dict(zip(rows, cosines, strict=True)), {}
+    def _records(self, rows: list[int]) -> dict[int, dict]:
+        """The manifest's columns of images by their rows, without those that are gone."""
+        records = {}
         for start in range(0, len(rows), _MOST_VARIABLES):
             part = rows[start : start + _MOST_VARIABLES]
             cursor = self._sql.execute(f"select * from photos where row in ({', '.join('?' * len(part))})", part)
             names = [name for name, *_ in cursor.description]
             for values in cursor:
                 record = dict(zip(names, values, strict=True))
-                row = record.pop("row")
-                found[row] = {"path": record.pop("path"), "cosine": cosine_of[row], **record}
-        return [found[row] for row in rows if row in found]
+                records[record.pop("row")] = record
+        return records
 
     def _live_rows(self) -> np.ndarray:
         return np.fromiter((row for (row,) in self._sql.execute("select row from photos order by row")), np.int64)
