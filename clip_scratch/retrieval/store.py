@@ -221,8 +221,8 @@ class LocalStore:
         """The paths and embeddings (n, dim) of up to `n` images drawn at random, the same ones at each call."""
         with self._lock, self._errors():
             self._refresh()
-            rows = np.arange(self._rows) if n >= self._rows else np.random.default_rng(0).integers(0, self._rows, n)
-            records = self._records(np.unique(rows).tolist())
+            rows = np.random.default_rng(0).permutation(self._rows)[:n]
+            records = self._records(np.sort(rows).tolist())
             return [r["path"] for r in records.values()], np.asarray(self.embeddings[list(records)], np.float32)
 
     def least_background(self) -> float:
