@@ -31,14 +31,15 @@ _THUMBNAIL, _LARGE = 320, 900
 _COLOURS = ("4c78a8", "f58518", "e45756", "72b7b2", "54a24b", "eeca3b", "b279a2", "ff9da6", "9d755d", "7f7f7f")
 
 _STYLE = """
-.grid {display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 10px}
+.grid {display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: 10px}
 .grid figure, .details figure {margin: 0; cursor: pointer}
 .grid img {width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 8px; background: #8882; display: block}
 .grid img:hover, .grid img:focus {outline: 3px solid #4c78a8}
 .grid figcaption {font-size: 12px; opacity: .75; padding: 3px 2px; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap}
-.details {display: flex; flex-wrap: wrap; gap: 16px; margin-bottom: 16px}
-.details > img {max-width: min(440px, 100%); max-height: 420px; border-radius: 8px}
+.details {display: flex; flex-wrap: wrap; align-items: flex-start; gap: 16px; margin-bottom: 16px}
+.details > img {width: min(260px, 100%); height: auto; border-radius: 8px}
+.details > div {flex: 1; min-width: 260px}
 .details ul {margin: 4px 0 12px 18px; padding: 0}
 .note {opacity: .7; font-size: 13px}
 .map svg {width: 100%; max-height: 75vh; background: #8881; border-radius: 8px}
@@ -132,7 +133,7 @@ def build_page(index: Index) -> FastAPI:
 
 def _interface(index: Index) -> gr.Blocks:
     with gr.Blocks(title="clip_scratch", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
-        gr.Markdown(f"### {len(index):,} images in {index.folder}")
+        gr.Markdown(f"### {len(index):,} images in {index.folder.name}")
         with gr.Tab("Search"):
             with gr.Row():
                 query = gr.Textbox(
