@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import sys
 import tempfile
 from dataclasses import dataclass
 
@@ -39,6 +41,7 @@ def main(arguments: Arguments) -> None:
         from .retrieval.page import build_page
 
         page = build_page(index)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the uploads are deleted
         print(f"{len(index):,} images in {index.folder}: http://{HOST}:{arguments.port} (Ctrl-C stops the page)")
         uvicorn.run(page, host=HOST, port=arguments.port, log_level="warning")
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -222,8 +223,9 @@ def test_mistakes(served, tmp_path, monkeypatch):
         app.main(app.Arguments(str(served.root / "index"), port=0))
 
 
-def test_the_command(served):
-    """It says where the page is, and Ctrl-C ends it and deletes the uploads."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command(served, number):
+    """It says where the page is; Ctrl-C or SIGTERM ends it and deletes the uploads."""
     command = [sys.executable, "-u", "-m", "clip_scratch.app", str(served.root / "index"), "--port", "0"]
     environment = os.environ | {"PYTHONPATH": str(Path(app.__file__).parents[1]), "TMPDIR": str(served.root)}
     with subprocess.Popen(
@@ -231,6 +233,6 @@ def test_the_command(served):
     ) as done:
         assert "40 images in" in done.stdout.readline()
         time.sleep(1)
-        done.send_signal(2)
+        done.send_signal(number)
         assert "Traceback" not in done.stdout.read()
     assert not list(served.root.glob("clip-scratch-uploads-*"))

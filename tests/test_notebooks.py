@@ -112,6 +112,7 @@ def test_train_then_find(execute):
     assert base64.b64decode(png).startswith(b"\x89PNG\r\n\x1a\n")
     assert (run / "queries.png").is_file()
     assert len(text_of(cell_with(found, "find_captions(model")).splitlines()) >= 5
+    assert len(pictures(cell_with(found, "Index.open"))) == 1 and len(pictures(cell_with(found, "explain(model"))) == 1
 
 
 @pytest.mark.slow

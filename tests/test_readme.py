@@ -33,7 +33,7 @@ WRITTEN = {
     "README.md": ["found.png", "test.json"],
     "docs/fine-tune.md": ["table.md", "table.png", "runs/sweep/comparison.png", "models/my-clip/config.json"],
     "docs/measure.md": ["table.csv", "confusion.png"],
-    "docs/search.md": ["found.png"],
+    "docs/search.md": ["found.png", "explained.png", "indexes/my_images/query/text.onnx"],
     "docs/train.md": ["runs/own/best/model.safetensors"],
 }
 
