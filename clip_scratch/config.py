@@ -94,6 +94,7 @@ class CFG(metaclass=_Settings):
     minutes: float = 0.0  # wall-clock budget of the run: the number of steps that fits is measured and fixed at the start; 0: no limit
     max_steps: int = 0  # stop after this many optimizer steps; 0: no limit
     batch_size: int = 32  # images per batch
+    micro_batch_size: int = 0  # images computed at once; the gradients are those of the whole batch all the same (GradCache); 0: the whole batch
     accumulation: int = 1  # batches whose gradients are averaged for one optimizer step; each has its own negatives
     head_lr: float = 1e-3  # peak learning rate of the heads and the temperature
     image_encoder_lr: float = 1e-4  # peak learning rate of the image tower

@@ -26,6 +26,10 @@ def main(cfg: CFG | type[CFG]) -> Path:
     """Train by `cfg`, and return the run folder. Raises UserError for mistakes that the user can fix."""
     began = time.perf_counter()
     cfg = cfg() if isinstance(cfg, type) else cfg
+    if cfg.micro_batch_size > cfg.batch_size:
+        raise UserError(
+            f"micro_batch_size ({cfg.micro_batch_size}) is larger than batch_size ({cfg.batch_size}): lower it"
+        )
     if cfg.wise_ft and cfg.backend != "hf_clip":
         raise UserError("wise_ft averages with zero-shot weights: use a pretrained CLIP, as the preset hf_clip does")
 

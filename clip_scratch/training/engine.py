@@ -14,9 +14,10 @@ from torch import nn
 
 from ..config import CFG
 from ..data.loaders import Batch, on_device
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..evaluation.retrieval import recall_at_k
 from ..retrieval.embed import embed_batches
+from .large_batch import backward_in_parts, largest_that_fits
 from .losses import LOSSES
 
 # (image_embeddings (B, P), text_embeddings (C, P), logit_scale, image_ids (B,), caption_image_ids (C,),
@@ -74,7 +75,7 @@ def train_epoch(
     batches of a step are averaged and clipped together; the negatives of a caption are those of its own batch.
     `average` is a WeightAverage to update. `on_step` receives the statistics of the steps since its last call (one
     step on a CPU, up to 16 on a GPU) and may raise to stop between two steps. Raises UserError at a loss or gradient
-    that is not finite: on a CPU before it reaches the weights, on a GPU within 16 steps.
+    that is not finite, on a CPU before it reaches the weights, on a GPU within 16 steps; and where memory runs out.
     """
     model.train()
     loss = loss or loss_function(model, cfg)
@@ -85,7 +86,7 @@ def train_epoch(
     while batches := list(islice(ahead, cfg.accumulation)):  # of a step; the last one of an epoch may have fewer
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
-            unread.add(batch, *backward(model, batch, loss, scaler, share=1 / len(batches)))
+            unread.add(batch, *_backward(model, batch, loss, scaler, 1 / len(batches), cfg.micro_batch_size))
         norm = _clip_gradients(params, optimizer, scaler, cfg.grad_clip)
         unread.add_step(None if scaler else norm)  # a scaler skips the step of a gradient that is not finite
         is_read = unread.steps == read_every
@@ -116,13 +117,37 @@ def compute_loss(model: nn.Module, batch: Batch, loss: Loss) -> tuple[torch.Tens
 
 
 def backward(
-    model: nn.Module, batch: Batch, loss: Loss, scaler: torch.amp.GradScaler | None, share: float
+    model: nn.Module,
+    batch: Batch,
+    loss: Loss,
+    scaler: torch.amp.GradScaler | None,
+    share: float,
+    micro_batch_size: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add `share` of the gradients of a batch's loss to those of the model; the loss and the spread of its images."""
+    """Add `share` of the gradients of a batch's loss to those of the model; the loss and the spread of its images.
+
+    With a `micro_batch_size` in parts of so many images: the same gradients in less memory (see large_batch.py).
+    """
+    if 0 < micro_batch_size < len(batch["image_ids"]):
+        value, image_embeddings = backward_in_parts(model, batch, loss, scaler, share, micro_batch_size)
+        return value, spread(image_embeddings)
     value, image_embeddings = compute_loss(model, batch, loss)
     scaled = value if share == 1 else value * share
     (scaled if scaler is None else scaler.scale(scaled)).backward()
     return value.detach(), spread(image_embeddings.detach())
+
+
+def _backward(model: nn.Module, batch: Batch, *args) -> tuple[torch.Tensor, torch.Tensor]:
+    """`backward`, or where memory runs out a UserError with a micro-batch size that was found to fit."""
+    try:
+        return backward(model, batch, *args)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Only outside of the handler are the activations of the failed step gone
+    size = largest_that_fits(model, batch)
+    remedy = f"--micro-batch-size {size} fits, and gives the same gradients" if size else "use smaller images or towers"
+    raise UserError(f"out of memory with {len(batch['image_ids'])} images at once: {remedy}")
 
 
 def spread(embeddings: torch.Tensor) -> torch.Tensor:

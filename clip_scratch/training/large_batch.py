@@ -1,0 +1,107 @@
+"""The exact gradient of a batch in the memory of a part of it: GradCache (Gao et al. 2021, arXiv:2101.06983).
+
+The embeddings of all parts are computed without a graph; the loss of the whole batch gives their gradients; each part
+is computed again, with its graph and the same random numbers, and its gradients are continued into the towers. Exact
+for whatever treats each image and each caption alone. Batch norm does not: it takes its statistics from a part, as it
+does from each process in data-parallel training, unless `freeze_batch_norm` fixes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from ..data.loaders import Batch
+from ..errors import is_out_of_memory
+
+_OF_IMAGES, _OF_CAPTIONS = ("pixel_values", "image_features"), ("input_ids", "attention_mask", "text_features")
+
+
+def backward_in_parts(
+    model: nn.Module,
+    batch: Batch,
+    loss: Callable[..., torch.Tensor],
+    scaler: torch.amp.GradScaler | None,
+    share: float,
+    size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`engine.backward` of a batch by parts of `size` images: the loss, and the image embeddings (B, P)."""
+    parts = split(batch, size)
+    states = []
+    with torch.no_grad(), _fixed_statistics(model):
+        embedded = []
+        for part in parts:
+            states.append(_random_state(model.device))
+            embedded.append(model(part))
+    leaves = [torch.cat(embeddings).requires_grad_() for embeddings in zip(*embedded, strict=True)]  # (B, P), (C, P)
+    ids = batch["image_ids"], batch["caption_image_ids"], batch.get("caption_ids")
+    value = loss(*leaves, model.logit_scale, *ids)
+    scaled = value if share == 1 else value * share
+    (scaled if scaler is None else scaler.scale(scaled)).backward()  # temperature and bias get their gradients here
+    of_images, of_texts = (leaf.grad for leaf in leaves)
+    gradients = of_images.tensor_split(len(parts)), of_texts.tensor_split(len(parts))
+    after = _random_state(model.device)
+    for part, state, of_part in zip(parts, states, zip(*gradients, strict=True), strict=True):
+        _set_random_state(state, model.device)
+        outputs = [(e, g) for e, g in zip(model(part), of_part, strict=True) if e.requires_grad]
+        if outputs:  # a tower may be frozen as a whole
+            torch.autograd.backward(*zip(*outputs, strict=True))
+    _set_random_state(after, model.device)
+    return value.detach(), leaves[0].detach()
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of at most `size` images, each with an equal share of the captions, of whatever images."""
+    n = -(-len(batch["image_ids"]) // size)
+    parts: list[Batch] = [{} for _ in range(n)]
+    for names in (_OF_IMAGES, _OF_CAPTIONS):
+        for name in names:
+            if name in batch:
+                for part, rows in zip(parts, batch[name].tensor_split(n), strict=True):
+                    part[name] = rows
+    return parts
+
+
+def largest_that_fits(model: nn.Module, batch: Batch) -> int:
+    """The largest halving of a batch's images that the device has memory for, forward and backward; 0 where none."""
+    size = len(batch["image_ids"])
+    while size := size // 2:
+        try:
+            outputs = [e.sum() for e in model(split(batch, size)[0]) if e.requires_grad]
+            torch.autograd.backward(outputs)
+            return size
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            model.zero_grad(set_to_none=True)
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+    return 0
+
+
+@contextlib.contextmanager
+def _fixed_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms in training mode normalise as ever but leave their running statistics to the second pass."""
+    tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    changed = [m for m in tracking if m.training]
+    try:
+        for module in changed:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module in changed:
+            module.track_running_stats = True
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
