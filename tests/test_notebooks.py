@@ -67,7 +67,8 @@ def cell_with(notebook, words):
 
 
 def pictures(cell):
-    return [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+    data = [o.get("data", {}) for o in cell.outputs]
+    return [parts[kind] for parts in data for kind in ("image/png", "image/jpeg") if kind in parts]
 
 
 def test_there_are_notebooks():
@@ -110,7 +111,7 @@ def test_train_then_find(execute):
     [query] = [cell for cell in found.cells if "query" in cell.metadata.get("tags", [])]
     [png] = pictures(query)
     assert base64.b64decode(png).startswith(b"\x89PNG\r\n\x1a\n")
-    assert (run / "queries.png").is_file()
+    assert (run / "queries.jpg").is_file()
     assert len(text_of(cell_with(found, "find_captions(model")).splitlines()) >= 5
     assert len(pictures(cell_with(found, "Index.open"))) == 1 and len(pictures(cell_with(found, "explain(model"))) == 1
 

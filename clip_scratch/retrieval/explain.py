@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..models.clip import DualEncoder
     from .embed import ImageLike
 
+_NEUTRAL = "a picture"
 _FINEST = 8  # feature maps of fewer cells a side say too little of where
 
 
@@ -56,7 +57,7 @@ class Explanation:
         from matplotlib.figure import Figure
 
         height, width = self.heat.shape
-        figure = Figure(figsize=(4, 4 * height / width + 0.5), dpi=100, layout="constrained")
+        figure = Figure(figsize=(3.2, 3.2 * height / width + 0.6), dpi=100, layout="constrained")
         axis = figure.subplots()
         axis.imshow(self.overlay())
         axis.set_axis_off()
@@ -79,29 +80,32 @@ def explain(model: DualEncoder, image: ImageLike, query: str) -> Explanation:
     Convolutional towers: the gradient of the cosine times the activation at the last feature map of at least 8 x 8
     cells, summed over channels (HiResCAM, Draelos and Carin 2020; at the last map of a network with average pooling it
     is Grad-CAM, Selvaraju et al. 2017). ViT: attention rolled out over the layers, weighted by its gradient (Chefer et
-    al. 2021). In fp32, whatever the model's precision; the model is left as it was. Raises UserError for a tower that
-    has neither feature maps nor attention.
+    al. 2021). What is explained is the sentence less its part in the direction of "a picture", as in CLIP Surgery (Li
+    et al. 2023): else the heat shows whatever there is. In fp32, whatever the model's precision; the model is left as
+    it was. Raises UserError for a tower that has neither feature maps nor attention.
     """
     pixels = load_image(image)
     network, cfg, was_training = model.towers["image"], model.cfg, model.training
     model.cfg = dataclasses.replace(cfg, precision="fp32")
     model.eval()
     try:
-        text = encode_text(model, query)[0].to(model.device)
+        text, neutral = encode_text(model, [query, _NEUTRAL]).to(model.device)
         with torch.enable_grad(), _recorded(network) as (maps, attentions):
             square = model.image_transform(train=False)(image=pixels)["image"][None].to(model.device)
             inputs = model.normalize_pixels(square).requires_grad_()  # the weights may be frozen
-            cosine = (model.encode_image(inputs)[0] * text).sum()
+            embedding = model.encode_image(inputs)[0]
+            cosine = (embedding @ text).item()
+            beyond = embedding @ (text - (text @ neutral) * neutral)
             if len({attention.shape for attention in attentions}) == 1:
-                heat = _rollout(attentions, torch.autograd.grad(cosine, attentions))
+                heat = _rollout(attentions, torch.autograd.grad(beyond, attentions))
             elif maps:
-                heat = _grad_cam(maps, cosine)
+                heat = _grad_cam(maps, beyond)
             else:
                 raise UserError(f"{type(network).__name__} has neither feature maps nor attention to explain by")
     finally:
         model.cfg = cfg
         model.train(was_training)
-    return Explanation(query, pixels, _on_image(heat, pixels.shape[:2], cfg), cosine.item())
+    return Explanation(query, pixels, _on_image(heat, pixels.shape[:2], cfg), cosine)
 
 
 def _grad_cam(maps: list[torch.Tensor], cosine: torch.Tensor) -> torch.Tensor:
