@@ -40,12 +40,13 @@ def main(cfg: CFG | type[CFG]) -> Path:
     from .models.saved import save_best
     from .retrieval.embed import embed_batches
     from .training import start
+    from .training.distributed import any_process, gather_embeddings, own_randomness, process_group, same_weights
     from .training.engine import EpochStats
     from .training.report import Report, epoch_line
     from .training.run import Interrupt, Run
     from .training.wise_ft import average_with_start
 
-    with Run(cfg) as run, out_of_memory_advice(_less_memory(run.cfg)):
+    with process_group(cfg) as cfg, Run(cfg) as run, out_of_memory_advice(_less_memory(run.cfg)):
         device = pick_device(run.cfg)
         keep_freed_memory()
 
@@ -65,16 +66,20 @@ def main(cfg: CFG | type[CFG]) -> Path:
         with Interrupt(run.folder) as interrupt:
             while not state.is_done:
                 stats = _train_epoch(run, state, train_loader, report, interrupt)
-                embeddings = embed_batches(measured, valid_loader)
+                same_weights(measured)
+                embeddings = gather_embeddings(embed_batches(measured, valid_loader))
                 metrics = recall_at_k(*embeddings)
                 is_best = state.end_epoch(metrics)
                 line = epoch_line(state, stats, metrics)
-                if is_best:
+                if is_best and run.writes:
                     save_best(run.best, measured, progress.epoch, metrics)
                 run.log_epoch(line)
                 run.save_last(state)
+                own_randomness(run.cfg.seed, progress.step)
+                interrupt.is_asked = any_process(interrupt.is_asked)
                 interrupt.stop_if_asked()
-                report.picture(measured, embeddings[0], progress.step, is_best)
+                if run.writes:
+                    report.picture(measured, embeddings[0], progress.step, is_best)
                 report.epoch(line, state, stats)
             if run.cfg.wise_ft:
                 print(average_with_start(run.folder, measured, progress.epoch, valid_loader, run.cfg.wise_ft))
@@ -90,6 +95,7 @@ def _less_memory(cfg: CFG) -> str:
 
 def _train_epoch(run: Run, state: TrainState, loader: Loader, report: Report, interrupt: Interrupt) -> EpochStats:
     """Train the current epoch, or the rest of it, with checkpoints on the way; the statistics of the whole epoch."""
+    from .training.distributed import any_process, own_randomness
     from .training.engine import train_epoch
 
     model, cfg, progress = state.model, state.model.cfg, state.progress
@@ -98,8 +104,10 @@ def _train_epoch(run: Run, state: TrainState, loader: Loader, report: Report, in
         checkpoints = progress.step // cfg.checkpoint_steps
         progress.add(steps)
         report.step(state, steps)
+        interrupt.is_asked = any_process(interrupt.is_asked)
         if interrupt.is_asked or progress.step // cfg.checkpoint_steps > checkpoints:
             run.save_last(state)
+            own_randomness(cfg.seed, progress.step)
         interrupt.stop_if_asked()
 
     batches_left = cfg.accumulation * (state.total_steps - progress.step)

@@ -176,10 +176,19 @@ class CaptionedImages(Dataset):
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, image number): shuffled by (seed, epoch) for training, in order for evaluation."""
+    """Batches of (epoch, image number): shuffled by (seed, epoch) for training, in order for evaluation.
 
-    def __init__(self, n: int, batch_size: int, seed: int | None):
+    Of several processes, number `rank` of `world_size` takes its share: in training of every batch, so that together
+    they have the batches of one process; in evaluation of the images.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int | None, rank: int = 0, world_size: int = 1):
         self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
+        self.own = np.arange(n)
+        if seed is None:
+            self.own = np.array_split(self.own, world_size)[rank]
+            self.batch_size = max(1, min(batch_size, len(self.own)))
+        self.share = slice(rank * self.batch_size // world_size, (rank + 1) * self.batch_size // world_size)
         self.start()
 
     def start(self, epoch: int = 0, skip: int = 0, stop: int | None = None) -> None:
@@ -188,14 +197,14 @@ class EpochBatches(Sampler):
 
     def __len__(self) -> int:
         # A short last batch has fewer negatives: training leaves it out, evaluation does not
-        return self.n // self.batch_size if self.seed is not None else -(-self.n // self.batch_size)
+        return self.n // self.batch_size if self.seed is not None else -(-len(self.own) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.n)
+        order, share = self.own, slice(None)
         if self.seed is not None:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+            order, share = np.random.default_rng((self.seed, self.epoch)).permutation(order), self.share
         for k in range(self.skip, len(self) if self.stop is None else min(len(self), self.stop)):
-            yield [(self.epoch, int(i)) for i in order[k * self.batch_size : (k + 1) * self.batch_size]]
+            yield [(self.epoch, int(i)) for i in order[k * self.batch_size : (k + 1) * self.batch_size][share]]
         self.start(self.epoch + 1)
 
 
@@ -206,8 +215,8 @@ class Loader(DataLoader):
     `num_workers` processes make them where images are decoded in every step.
     """
 
-    def __init__(self, data: CaptionedImages, batch_size: int, num_workers: int):
-        self.batches = EpochBatches(len(data), batch_size, data.seed)
+    def __init__(self, data: CaptionedImages, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1):
+        self.batches = EpochBatches(len(data), batch_size, data.seed, rank, world_size)
         super().__init__(
             data,
             sampler=self.batches,
@@ -230,9 +239,9 @@ def _ignore_ctrl_c(_: int) -> None:
 
 def build_loaders(
     table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, mode: Literal["train", "valid"], cfg: CFG,
-    transform: Callable | None = None, device: torch.device | str = "cpu",
+    transform: Callable | None = None, device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1,
 ) -> Loader:  # fmt: skip
-    """A loader over the images of a caption table (tutorial name).
+    """A loader over the images of a caption table (tutorial name), or of the share of process `rank`.
 
     "train": shuffled, augmented, `captions_per_image` captions each, no short last batch.
     "valid": in order, not augmented, every caption.
@@ -242,4 +251,4 @@ def build_loaders(
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
     data = CaptionedImages(table, tokenizer, mode == "train", cfg, transform, device)
-    return Loader(data, cfg.batch_size, cfg.num_workers)
+    return Loader(data, cfg.batch_size, cfg.num_workers, rank, world_size)

@@ -17,6 +17,7 @@ from ..data.loaders import Batch, on_device
 from ..errors import UserError, is_out_of_memory
 from ..evaluation.retrieval import recall_at_k
 from ..retrieval.embed import embed_batches
+from .distributed import sum_gradients, world_size
 from .large_batch import backward_in_parts, largest_that_fits
 from .losses import LOSSES
 
@@ -87,6 +88,7 @@ def train_epoch(
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             unread.add(batch, *_backward(model, batch, loss, scaler, 1 / len(batches), cfg.micro_batch_size))
+        sum_gradients(model)
         norm = _clip_gradients(params, optimizer, scaler, cfg.grad_clip)
         unread.add_step(None if scaler else norm)  # a scaler skips the step of a gradient that is not finite
         is_read = unread.steps == read_every
@@ -128,8 +130,10 @@ def backward(
 
     With a `micro_batch_size` in parts of so many images: the same gradients in less memory (see large_batch.py).
     """
-    if 0 < micro_batch_size < len(batch["image_ids"]):
-        value, image_embeddings = backward_in_parts(model, batch, loss, scaler, share, micro_batch_size)
+    n = len(batch["image_ids"])
+    if 0 < micro_batch_size < n or world_size() > 1:
+        size = micro_batch_size or n
+        value, image_embeddings = backward_in_parts(model, batch, loss, scaler, share, size)
         return value, spread(image_embeddings)
     value, image_embeddings = compute_loss(model, batch, loss)
     scaled = value if share == 1 else value * share

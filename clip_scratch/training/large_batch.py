@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data.loaders import Batch
 from ..errors import is_out_of_memory
+from .distributed import gather, rank
 
 _OF_IMAGES, _OF_CAPTIONS = ("pixel_values", "image_features"), ("input_ids", "attention_mask", "text_features")
 
@@ -28,27 +29,35 @@ def backward_in_parts(
     share: float,
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`engine.backward` of a batch by parts of `size` images: the loss, and the image embeddings (B, P)."""
+    """`engine.backward` of a batch by parts of `size` images: the loss, and the image embeddings (B, P).
+
+    With several processes (distributed.py) of the batch that theirs make together, and its embeddings.
+    """
     parts = split(batch, size)
-    states = []
-    with torch.no_grad(), _fixed_statistics(model):
-        embedded = []
+    states, embedded = [], []
+    is_one = len(parts) == 1  # its graph is kept, and it is computed once
+    with torch.set_grad_enabled(is_one), contextlib.nullcontext() if is_one else _fixed_statistics(model):
         for part in parts:
             states.append(_random_state(model.device))
             embedded.append(model(part))
-    leaves = [torch.cat(embeddings).requires_grad_() for embeddings in zip(*embedded, strict=True)]  # (B, P), (C, P)
-    ids = batch["image_ids"], batch["caption_image_ids"], batch.get("caption_ids")
-    value = loss(*leaves, model.logit_scale, *ids)
+    own = [torch.cat(embeddings).detach() for embeddings in zip(*embedded, strict=True)]  # (B, P), (C, P)
+    gathered = [gather(embeddings) for embeddings in own]
+    leaves = [torch.cat(embeddings).requires_grad_() for embeddings in gathered]
+    ids = (batch.get(name) for name in ("image_ids", "caption_image_ids", "caption_ids"))
+    value = loss(*leaves, model.logit_scale, *(i if i is None else torch.cat(gather(i)) for i in ids))
     scaled = value if share == 1 else value * share
     (scaled if scaler is None else scaler.scale(scaled)).backward()  # temperature and bias get their gradients here
-    of_images, of_texts = (leaf.grad for leaf in leaves)
-    gradients = of_images.tensor_split(len(parts)), of_texts.tensor_split(len(parts))
+    gradients = []
+    for leaf, of_processes in zip(leaves, gathered, strict=True):
+        of_own = leaf.grad.split([len(embeddings) for embeddings in of_processes])[rank()]
+        gradients.append(of_own.tensor_split(len(parts)))
     after = _random_state(model.device)
-    for part, state, of_part in zip(parts, states, zip(*gradients, strict=True), strict=True):
-        _set_random_state(state, model.device)
-        outputs = [(e, g) for e, g in zip(model(part), of_part, strict=True) if e.requires_grad]
-        if outputs:  # a tower may be frozen as a whole
-            torch.autograd.backward(*zip(*outputs, strict=True))
+    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
+        if not is_one:
+            _set_random_state(state, model.device)
+        outputs = zip(embedded[0] if is_one else model(part), (of_parts[i] for of_parts in gradients), strict=True)
+        if trained := [(e, g) for e, g in outputs if e.requires_grad]:  # a tower may be frozen as a whole
+            torch.autograd.backward(*zip(*trained, strict=True))
     _set_random_state(after, model.device)
     return value.detach(), leaves[0].detach()
 

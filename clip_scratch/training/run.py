@@ -25,6 +25,7 @@ from ..files import remove_unfinished, write_atomically
 from ..models.clip import DualEncoder
 from ..models.saved import bare_model, prepare_best, run_config
 from ..presets import PRESETS
+from .distributed import from_main, is_main
 from .state import TrainState
 
 STATE = "training.safetensors"
@@ -56,6 +57,8 @@ def resumed(cfg: CFG, defaults: CFG | type[CFG] = CFG) -> CFG:
 class Run:
     """The folder of a new or resumed run; a context manager that frees it for other processes at the end.
 
+    Of several processes that train together the first one writes it.
+
     `cfg` are the settings that were asked for, a resumed run's own. A new folder is made by `begin`, when everything
     that can be refused has been. Raises UserError for a folder that holds another run or cannot be made.
     """
@@ -63,6 +66,7 @@ class Run:
     def __init__(self, cfg: CFG):
         self.cfg = resumed(cfg) if cfg.resume else cfg
         self.is_resumed = bool(cfg.resume)
+        self.writes = is_main()
         self.fingerprint = ""  # of the captions, set when they have been read
         self._lock = self.board = None
         self.lines: list[str] = []  # of metrics.jsonl
@@ -70,9 +74,10 @@ class Run:
             self.folder = Path(cfg.resume)
             self._claim()
         else:
-            self.folder = Path(cfg.run_dir) if cfg.run_dir else _free_folder(cfg)
+            self.folder = Path(cfg.run_dir or from_main(str(_free_folder(cfg))))
             self.cfg = dataclasses.replace(cfg, run_dir=str(self.folder))
-            _check_new(self.folder)
+            if self.writes:
+                _check_new(self.folder)
         self.best, self._last = self.folder / "best", self.folder / "last" / STATE
 
     def __enter__(self) -> Run:
@@ -86,6 +91,8 @@ class Run:
 
     def begin(self, model: DualEncoder) -> None:
         """Make the folder of a new run, with what never changes in `best/`."""
+        if not self.writes:
+            return
         self._claim()
         prepare_best(self.best, model, model.cfg)
 
@@ -110,6 +117,8 @@ class Run:
 
     def save_last(self, state: TrainState) -> None:
         """Replace the checkpoint that a resume starts from."""
+        if not self.writes:
+            return
         self._last.parent.mkdir(exist_ok=True)
         save_tree(self._last, {**state.state_dict(), "fingerprint": self.fingerprint})
 
@@ -120,11 +129,15 @@ class Run:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         self.lines = [line for line in lines if json.loads(line)["epoch"] <= epochs]
+        if not self.writes:
+            return
         self.board = SummaryWriter(str(self.folder), purge_step=steps + 1)
 
     def log_epoch(self, line: dict[str, object]) -> None:
         """Append a line to metrics.jsonl, and its numbers to TensorBoard at its optimizer step."""
         self.lines.append(json.dumps(line))
+        if not self.writes:
+            return
         content = "\n".join(self.lines) + "\n"
         write_atomically(self.folder / "metrics.jsonl", lambda temporary: temporary.write_text(content))
         for name, value in line.items():
@@ -136,6 +149,8 @@ class Run:
         """Lock the folder for this process, and delete what killed ones left unfinished."""
         from filelock import FileLock, Timeout
 
+        if not self.writes:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.folder / ".lock")

@@ -20,6 +20,7 @@ from ..retrieval.embed import embed_batches
 from .autotune import MIN_STEPS, choose_precision
 from .budget import EPOCH_OVERHEAD, measure_pace, planned_steps, steps_per_epoch, steps_within
 from .cached_features import cache_features
+from .distributed import from_main, gather_embeddings, own_randomness, rank, same_weights, world_size
 from .report import Report
 from .run import Run
 from .state import TrainState, seed_everything
@@ -33,15 +34,17 @@ def begin(
     seed_everything(run.cfg.seed)
     model = build_model(source.cfg, source.split("train")["caption"].tolist()).to(device)
     train_loader, valid_loader = _loaders(model, source, report)
-    model.cfg = cfg = _settle_precision(model, train_loader)
+    model.cfg = cfg = from_main(_settle_precision(model, train_loader))
+    model.apply_memory_format()
+    same_weights(model)
     if cfg.compile:
         model.compile_towers()
     train_loader, valid_loader = (cache_features(model, loader, cfg) for loader in (train_loader, valid_loader))
     validation_began = time.perf_counter()
-    embeddings = embed_batches(model, valid_loader)
+    embeddings = gather_embeddings(embed_batches(model, valid_loader))
     validation = time.perf_counter() - validation_began
     if cfg.minutes and not cfg.max_steps:
-        model.cfg = cfg = _settle_steps(model, train_loader, validation, time.perf_counter() - began)
+        model.cfg = cfg = from_main(_settle_steps(model, train_loader, validation, time.perf_counter() - began))
     state = TrainState(model, planned_steps(train_loader, cfg), began)
     progress = state.progress
     image_rank, text_rank = ranks(*embeddings)
@@ -49,6 +52,7 @@ def begin(
     run.begin(model)
     if report.is_pretrained:  # epoch 0: the best one until a better one comes
         progress.best_rsum = progress.start["rsum"]
+    if report.is_pretrained and run.writes:
         save_best(run.best, state.measured, 0, progress.start)
         names, captions = valid_loader.dataset.names, fingerprint_of(source.split("valid"))
         save_zero_shot(
@@ -58,7 +62,9 @@ def begin(
     if cfg.wise_ft:
         save_start(run.folder)
     run.save_last(state)
-    write_json(run.folder / SETTINGS, dataclasses.asdict(run.cfg))  # last: now the folder is a run, to be resumed
+    if run.writes:
+        write_json(run.folder / SETTINGS, dataclasses.asdict(run.cfg))  # last: now it is a run, to be resumed
+    own_randomness(cfg.seed, progress.step)
     return state, train_loader, valid_loader
 
 
@@ -72,6 +78,7 @@ def resume(
         model.compile_towers()
     state = TrainState(model, planned_steps(train_loader, model.cfg), began)
     run.resume(state)
+    own_randomness(model.cfg.seed, state.progress.step)
     # Only now a frozen tower has its weights
     train_loader, valid_loader = (cache_features(model, loader, model.cfg) for loader in (train_loader, valid_loader))
     return state, train_loader, valid_loader
@@ -80,7 +87,15 @@ def resume(
 def _loaders(model: DualEncoder, source: DataSource, report: Report) -> tuple[Loader, Loader]:
     """The loaders of the training and the validation split; the model's parameters are reported on the way."""
     train, valid = (
-        build_loaders(source.split(split), model.tokenizer, split, model.cfg, device=model.device)
+        build_loaders(
+            source.split(split),
+            model.tokenizer,
+            split,
+            model.cfg,
+            device=model.device,
+            rank=rank(),
+            world_size=world_size(),
+        )
         for split in ("train", "valid")
     )
     report.parameters(model, train.dataset.tokens.truncated + valid.dataset.tokens.truncated)

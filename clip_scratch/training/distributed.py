@@ -1,0 +1,154 @@
+"""Data-parallel training in the processes that torchrun starts, with the gradients of one process.
+
+Each process embeds its share of a batch. Embeddings and ids are gathered, and every process computes the loss of the
+whole batch, and of it the gradients of its own embeddings, which it continues into its towers. Summed over processes,
+these are the gradients of the whole batch; those of temperature and bias, which every process has whole, are averaged.
+The loss is computed by all processes alike: it takes a small part of a step (tiled_losses.py bounds its memory).
+
+Without torchrun there is one process, and every function here does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..config import CFG
+from ..errors import UserError
+
+_TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may decode a data set meanwhile
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def process_group(cfg: CFG) -> Iterator[CFG]:
+    """Join the processes of torchrun, where it started this one; the settings that all of them share.
+
+    Processes but the first print nothing. After a restart by torchrun (`--max-restarts`) the run goes on from its last
+    checkpoint. Raises UserError for settings that several processes cannot have, or that differ between them.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield cfg
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
+    try:
+        settings = dataclasses.asdict(cfg)
+        theirs = from_main(settings)
+        different = [name for name in settings if settings[name] != theirs[name]]
+        if any_process(bool(different)):
+            names = ", ".join(different) or "another process's"
+            raise UserError(f"the processes have different settings ({names}): start all with the same command")
+        if cfg.batch_size % world_size():
+            raise UserError(
+                f"batch_size ({cfg.batch_size}) is not a multiple of the {world_size()} processes: change it"
+            )
+        if cfg.wise_ft:
+            raise UserError("wise_ft is for one process: leave it out, and average afterwards in a run of one")
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if restarted and cfg.run_dir and Path(cfg.run_dir, "config.json").is_file():
+            cfg = dataclasses.replace(cfg, resume=cfg.run_dir)
+        with contextlib.ExitStack() as stack:
+            if not is_main():
+                silence = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(silence))
+                os.environ["TQDM_DISABLE"] = "1"
+            yield cfg
+    finally:
+        with contextlib.suppress(Exception):  # a process that failed does not wait for the others
+            if sys.exc_info()[0] is None:
+                dist.destroy_process_group()
+
+
+def from_main(value):
+    """The first process's `value`, in every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def any_process(asked: bool) -> bool:
+    """Whether any process says yes."""
+    if world_size() == 1:
+        return asked
+    flag = torch.tensor(int(asked))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def gather(rows: torch.Tensor) -> list[torch.Tensor]:
+    """The rows (N, ...) of every process, in their order, without gradient; N may differ between processes."""
+    if world_size() == 1:
+        return [rows]
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(count) for count in counts]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded.contiguous())
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def gather_embeddings(
+    embedded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`embed_batches` of every process as one: images (N, P), captions (C, P), and the image row of each caption."""
+    if world_size() == 1:
+        return embedded
+    images, texts, rows = (gather(part) for part in embedded)
+    firsts = [sum(len(part) for part in images[:i]) for i in range(len(images))]
+    return torch.cat(images), torch.cat(texts), torch.cat([r + first for r, first in zip(rows, firsts, strict=True)])
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Sum the gradients of all processes; average those of temperature and bias."""
+    if world_size() == 1:
+        return
+    whole = {id(p) for p in (model.log_scale, model.logit_bias) if p is not None}
+    params = [p for p in model.parameters() if p.grad is not None]
+    for p in params:
+        if id(p) in whole:
+            p.grad /= world_size()
+    flat = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad.copy_(part.view_as(p))
+
+
+def same_weights(model: nn.Module) -> None:
+    """Give every process the first one's weights and buffers, such as batch norm's statistics of its own share."""
+    if world_size() > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def own_randomness(seed: int, step: int) -> None:
+    """From here on each process draws its own dropout masks."""
+    if world_size() > 1:
+        torch.manual_seed(hash((seed, step, rank())) % 2**63)
