@@ -26,12 +26,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     """Train by `cfg`, and return the run folder. Raises UserError for mistakes that the user can fix."""
     began = time.perf_counter()
     cfg = cfg() if isinstance(cfg, type) else cfg
-    if cfg.micro_batch_size > cfg.batch_size:
-        raise UserError(
-            f"micro_batch_size ({cfg.micro_batch_size}) is larger than batch_size ({cfg.batch_size}): lower it"
-        )
-    if cfg.wise_ft and cfg.backend != "hf_clip":
-        raise UserError("wise_ft averages with zero-shot weights: use a pretrained CLIP, as the preset hf_clip does")
+    _check(cfg)
 
     from .data.captions import fingerprint_of
     from .data.source import open_data
@@ -40,7 +35,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     from .models.saved import save_best
     from .retrieval.embed import embed_batches
     from .training import start
-    from .training.distributed import any_process, gather_embeddings, own_randomness, process_group, same_weights
+    from .training.distributed import gather_embeddings, own_randomness, process_group, same_weights
     from .training.engine import EpochStats
     from .training.report import Report, epoch_line
     from .training.run import Interrupt, Run
@@ -76,7 +71,6 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 run.log_epoch(line)
                 run.save_last(state)
                 own_randomness(run.cfg.seed, progress.step)
-                interrupt.is_asked = any_process(interrupt.is_asked)
                 interrupt.stop_if_asked()
                 if run.writes:
                     report.picture(measured, embeddings[0], progress.step, is_best)
@@ -88,6 +82,16 @@ def main(cfg: CFG | type[CFG]) -> Path:
     return run.folder
 
 
+def _check(cfg: CFG) -> None:
+    """Raise UserError for settings that contradict each other."""
+    if cfg.micro_batch_size > cfg.batch_size:
+        raise UserError(
+            f"micro_batch_size ({cfg.micro_batch_size}) is larger than batch_size ({cfg.batch_size}): lower it"
+        )
+    if cfg.wise_ft and cfg.backend != "hf_clip":
+        raise UserError("wise_ft averages with zero-shot weights: use a pretrained CLIP, as the preset hf_clip does")
+
+
 def _less_memory(cfg: CFG) -> str:
     other = f"or size ({cfg.size})" if cfg.backend == "from_scratch" else "and raise accumulation"
     return f"lower batch_size ({cfg.batch_size}) {other}"
@@ -95,7 +99,7 @@ def _less_memory(cfg: CFG) -> str:
 
 def _train_epoch(run: Run, state: TrainState, loader: Loader, report: Report, interrupt: Interrupt) -> EpochStats:
     """Train the current epoch, or the rest of it, with checkpoints on the way; the statistics of the whole epoch."""
-    from .training.distributed import any_process, own_randomness
+    from .training.distributed import own_randomness
     from .training.engine import train_epoch
 
     model, cfg, progress = state.model, state.model.cfg, state.progress
@@ -104,8 +108,7 @@ def _train_epoch(run: Run, state: TrainState, loader: Loader, report: Report, in
         checkpoints = progress.step // cfg.checkpoint_steps
         progress.add(steps)
         report.step(state, steps)
-        interrupt.is_asked = any_process(interrupt.is_asked)
-        if interrupt.is_asked or progress.step // cfg.checkpoint_steps > checkpoints:
+        if interrupt.asked() or progress.step // cfg.checkpoint_steps > checkpoints:
             run.save_last(state)
             own_randomness(cfg.seed, progress.step)
         interrupt.stop_if_asked()

@@ -11,6 +11,8 @@ import torch
 from distributed_worker import CASES, ten_steps
 
 from clip_scratch import load
+from clip_scratch.cli import parse
+from clip_scratch.train import main
 
 ROOT = Path(__file__).parents[1]
 SCENES = [
@@ -19,17 +21,10 @@ SCENES = [
 ]  # fmt: skip
 
 
-def torchrun(processes, *words, cwd, **environment):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        *words,
-    ]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", **environment}
+def torchrun(processes, *words, cwd, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts)]
+    command += ["--nproc-per-node", str(processes), *words]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
 
@@ -52,28 +47,52 @@ def test_the_same_losses_and_weights_as_one_process(tiny_cfg, tiny_data, tiny_to
                 assert ours.shape == theirs.shape and torch.allclose(ours.double(), theirs.double(), atol=1e-6), case
 
 
+KILLED = """
+import os, signal, sys
+import clip_scratch.training.engine as engine
+from clip_scratch.cli import parse
+from clip_scratch.train import main
+from clip_scratch.training.distributed import rank
+
+step, steps = engine._step, []
+
+def killed(*args):
+    steps.append(1)
+    if rank() == 1 and len(steps) == 7 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+
+engine._step = killed
+main(parse(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_a_run_of_two_processes_resumed_by_one(tmp_path):
-    """Rank 0 alone writes and prints; its checkpoint is one of any number of processes."""
-    done = torchrun(2, "-m", "clip_scratch.train", *SCENES, "--max-steps", "12", "--run-dir", "runs/two", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("run folder: runs/two") == 1 and done.stdout.count("best epoch") == 1
-    lines = [json.loads(line) for line in (tmp_path / "runs/two/metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1] and lines[0]["step"] == 12
-    assert load(tmp_path / "runs/two")
-    (tmp_path / "runs/two/metrics.jsonl").rename(tmp_path / "kept")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    again = subprocess.run(
-        [sys.executable, "-m", "clip_scratch.train", "--resume", "runs/two"], cwd=tmp_path, env=env, text=True,
-        capture_output=True,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stderr
+def test_runs_of_two_processes(tmp_path):
+    """The first process alone writes and prints. A run one of whose processes is killed in mid-step is restarted by
+    torchrun and goes on from its last checkpoint, to the same weights; one process can go on with it."""
+    words = [*SCENES, "--checkpoint-steps", "3", "--run-dir"]
+    whole = torchrun(2, "-m", "clip_scratch.train", *words, "runs/whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert whole.stdout.count("run folder: runs/whole") == 1 and whole.stdout.count("best epoch") == 1
+    lines = [json.loads(line) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 12), (2, 24)]
+
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = torchrun(2, "killed.py", *words, "runs/killed", cwd=tmp_path, restarts=1)
+    assert done.returncode == 0 and "SIGKILL" in done.stderr, done.stderr[-3000:]
+    ours, theirs = (load(tmp_path / f"runs/{name}").state_dict() for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main(parse(["--resume", "runs/killed"])) == Path("runs/killed")
 
 
 @pytest.mark.slow
 def test_what_several_processes_cannot_do(tmp_path):
     done = torchrun(2, "-m", "clip_scratch.train", *SCENES, "--batch-size", "15", cwd=tmp_path)
     assert done.returncode != 0
-    assert "error: batch_size (15) is not a multiple of the 2 processes" in done.stderr
+    assert done.stderr.count("batch_size (15) is not a multiple of the 2 processes") == 1
     assert "clip_scratch/train.py" not in done.stderr  # no traceback
     assert not (tmp_path / "runs").exists()

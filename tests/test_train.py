@@ -463,7 +463,7 @@ def test_too_large_a_batch_is_one_line(cfg, monkeypatch, plain):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
 
     monkeypatch.setitem(LOSSES, "infonce", full)
-    with pytest.raises(UserError, match=r"out of memory: lower batch_size \(4\) or size \(32\)"):
+    with pytest.raises(UserError, match=r"out of memory with 4 images at once: --micro-batch-size 2 fits"):
         main(cfg)
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import CFG
-from ..errors import UserError
+from ..errors import USER_ERROR, UserError
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may decode a data set meanwhile
 
@@ -54,7 +54,10 @@ def process_group(cfg: CFG) -> Iterator[CFG]:
         yield cfg
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, number, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {restarts}", store)  # it outlives a restart, and so do its addresses
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_TIMEOUT)
     try:
         settings = dataclasses.asdict(cfg)
         theirs = from_main(settings)
@@ -68,8 +71,7 @@ def process_group(cfg: CFG) -> Iterator[CFG]:
             )
         if cfg.wise_ft:
             raise UserError("wise_ft is for one process: leave it out, and average afterwards in a run of one")
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if restarted and cfg.run_dir and Path(cfg.run_dir, "config.json").is_file():
+        if restarts != "0" and cfg.run_dir and Path(cfg.run_dir, "config.json").is_file():
             cfg = dataclasses.replace(cfg, resume=cfg.run_dir)
         with contextlib.ExitStack() as stack:
             if not is_main():
@@ -77,10 +79,11 @@ def process_group(cfg: CFG) -> Iterator[CFG]:
                 stack.enter_context(contextlib.redirect_stdout(silence))
                 os.environ["TQDM_DISABLE"] = "1"
             yield cfg
-    finally:
-        with contextlib.suppress(Exception):  # a process that failed does not wait for the others
-            if sys.exc_info()[0] is None:
-                dist.destroy_process_group()
+    except UserError as error:
+        if store.add("user errors", 1) > 1:  # another process says so already
+            sys.exit(USER_ERROR)
+        raise UserError(f"process {number} of {size}: {error}" if number else str(error)) from error
+    dist.destroy_process_group()  # not after an error: the others may wait for this process
 
 
 def from_main(value):

@@ -25,7 +25,7 @@ from ..files import remove_unfinished, write_atomically
 from ..models.clip import DualEncoder
 from ..models.saved import bare_model, prepare_best, run_config
 from ..presets import PRESETS
-from .distributed import from_main, is_main
+from .distributed import any_process, from_main, is_main
 from .state import TrainState
 
 STATE = "training.safetensors"
@@ -256,9 +256,14 @@ class Interrupt:
             raise KeyboardInterrupt(self._advice)
         self.is_asked = True
 
+    def asked(self) -> bool:
+        """Whether this process or another of the run was asked to stop."""
+        self.is_asked = any_process(self.is_asked)
+        return self.is_asked
+
     def stop_if_asked(self) -> None:
         """Raise KeyboardInterrupt here, where the last checkpoint is whole and up to date."""
-        if self.is_asked:
+        if self.asked():
             raise KeyboardInterrupt(self._advice)
 
     def __exit__(self, *_) -> None:

@@ -21,12 +21,13 @@ class _LogSumExps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, images, texts):
-        of_rows, of_columns = [], texts.new_full((len(texts),), -torch.inf)
+        # Results are written in place: small tensors kept between the tiles would split the freed memory, and no tile
+        # would fit where the last one was
+        of_rows, of_columns, end = texts.new_empty(len(images)), texts.new_full((len(texts),), -torch.inf), 0
         for tile in _tiles(images, texts):
             logits = tile @ texts.T  # (rows, C)
-            of_rows.append(logits.logsumexp(1))
-            of_columns = torch.logaddexp(of_columns, logits.logsumexp(0))
-        of_rows = torch.cat(of_rows)
+            of_rows[end : (end := end + len(tile))] = logits.logsumexp(1)
+            torch.logaddexp(of_columns, logits.logsumexp(0), out=of_columns)
         ctx.save_for_backward(images, texts, of_rows, of_columns)
         return of_rows, of_columns
 
@@ -34,15 +35,15 @@ class _LogSumExps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_rows, d_columns):
         images, texts, of_rows, of_columns = ctx.saved_tensors
-        d_images, d_texts, end = [], torch.zeros_like(texts), 0
+        d_images, d_texts, end = torch.empty_like(images), torch.zeros_like(texts), 0
         for tile in _tiles(images, texts):
             rows = slice(end, end := end + len(tile))
             logits = tile @ texts.T  # (rows, C)
             d_logits = (logits - of_rows[rows, None]).exp_().mul_(d_rows[rows, None])  # softmax of the rows ...
             d_logits += logits.sub_(of_columns).exp_().mul_(d_columns)  # ... and of the columns
-            d_images.append(d_logits @ texts)
+            torch.mm(d_logits, texts, out=d_images[rows])
             d_texts.addmm_(d_logits.T, tile)
-        return torch.cat(d_images), d_texts
+        return d_images, d_texts
 
 
 class _Positives:
