@@ -1,71 +1,67 @@
-"""Where in a picture a sentence lies: Grad-CAM for convolutional image towers, attention rollout for ViT."""
+"""explain: where in an image a sentence lies, as heat over the image that draws itself in Jupyter.
 
-from __future__ import annotations
+Explained is the cosine with what the sentence says beyond `NEUTRAL`, whose direction is taken out of its embedding, as
+CLIP Surgery does with the empty text (Li et al. 2023, arXiv:2304.05653): else the heat shows whatever is in the image.
+"""
 
-import contextlib
-import dataclasses
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
+from ..config import CFG
 from ..data.images import load_image, shorter_side
 from ..errors import UserError
 from ..files import write_figure
-from .embed import encode_text
+from ..models.clip import CLIPModel, DualEncoder
+from .embed import ImageLike, encode_image, encode_text
 
-if TYPE_CHECKING:
-    from ..config import CFG
-    from ..models.clip import DualEncoder
-    from .embed import ImageLike
-
-_NEUTRAL = "a picture"
-_FINEST = 8  # feature maps of fewer cells a side say too little of where
+NEUTRAL = "a picture"
+LEAST_SIDE = 5  # of a feature map: where the last are smaller, as those of small images, an earlier one shows the place
 
 
-@dataclass
+@dataclass(eq=False)
 class Explanation:
-    """Where a query lies in an image; draws itself in Jupyter."""
+    """The RGB `image` (H, W, 3), the `heat` over it (H, W), float32 from 0 to 1, and the `cosine` with the `query`."""
 
     query: str
-    image: np.ndarray  # RGB uint8, (H, W, 3)
-    heat: np.ndarray  # float32 in 0 to 1, (H, W)
+    image: np.ndarray = field(repr=False)
+    heat: np.ndarray = field(repr=False)
     cosine: float
 
     @property
     def centre(self) -> tuple[float, float]:
-        """The centre of mass of the heat: x and y in pixels."""
-        y, x = np.indices(self.heat.shape)
-        total = max(float(self.heat.sum()), 1e-12)
-        return float((x * self.heat).sum() / total), float((y * self.heat).sum() / total)
+        """The centre of mass of the heat, (x, y) in pixels from the top left corner; without heat, of the image."""
+        heat = self.heat if self.heat.any() else np.ones_like(self.heat)
+        x, y = (heat.sum(axis) @ (np.arange(heat.shape[1 - axis]) + 0.5) / heat.sum() for axis in (0, 1))
+        return float(x), float(y)
 
     def overlay(self) -> np.ndarray:
-        """The heat over the image: RGB uint8, (H, W, 3)."""
+        """The image with the heat in colour over it, RGB uint8 (H, W, 3)."""
         from matplotlib import colormaps
 
-        alpha = 0.7 * self.heat[..., None]
-        colours = 255 * colormaps["turbo"](self.heat)[..., :3]
-        return ((1 - alpha) * self.image + alpha * colours).astype(np.uint8)
+        opacity = 0.7 * self.heat[..., None]
+        return np.uint8((1 - opacity) * self.image + opacity * 255 * colormaps["turbo"](self.heat)[..., :3])
 
     def figure(self):
-        """A matplotlib figure of the overlay, with the query and its cosine above."""
+        """A matplotlib figure: the overlay under the query."""
         from matplotlib.figure import Figure
 
-        height, width = self.heat.shape
-        figure = Figure(figsize=(3.2, 3.2 * height / width + 0.6), dpi=100, layout="constrained")
+        figure = Figure(figsize=(4.5, 4.5), dpi=100, layout="constrained")
+        figure.suptitle(f"{self.query}\n{self.cosine:.3f}", fontsize=11, wrap=True, parse_math=False)
         axis = figure.subplots()
-        axis.imshow(self.overlay())
         axis.set_axis_off()
-        axis.set_title(f"{self.query}  {self.cosine:.3f}", fontsize=10, parse_math=False, wrap=True)
+        axis.imshow(self.overlay())
         return figure
 
     def save(self, path: str | Path) -> Path:
-        """Write the figure in the format of the path's suffix."""
+        """Write the figure as a picture in the format of the path's suffix."""
         return write_figure(self.figure(), path)
 
     def _repr_png_(self) -> bytes:
@@ -74,109 +70,111 @@ class Explanation:
         return buffer.getvalue()
 
 
-def explain(model: DualEncoder, image: ImageLike, query: str) -> Explanation:
-    """Where in `image`, a path, PIL image or RGB array, the sentence `query` lies for the model.
+def explain(model: CLIPModel, image: ImageLike, query: str) -> Explanation:
+    """Where in an image (path, PIL image or RGB uint8 array) a sentence lies, as heat at the image's own size.
 
-    Convolutional towers: the gradient of the cosine times the activation at the last feature map of at least 8 x 8
-    cells, summed over channels (HiResCAM, Draelos and Carin 2020; at the last map of a network with average pooling it
-    is Grad-CAM, Selvaraju et al. 2017). ViT: attention rolled out over the layers, weighted by its gradient (Chefer et
-    al. 2021). What is explained is the sentence less its part in the direction of "a picture", as in CLIP Surgery (Li
-    et al. 2023): else the heat shows whatever there is. In fp32, whatever the model's precision; the model is left as
-    it was. Raises UserError for a tower that has neither feature maps nor attention.
+    By Grad-CAM for a convolutional tower, by attention rollout for a transformer; in fp32, whatever the precision. No
+    heat where nothing speaks for the query. Raises UserError for an image that cannot be read, a query without text
+    and an image tower that has neither feature maps nor attention.
     """
-    pixels = load_image(image)
-    network, cfg, was_training = model.towers["image"], model.cfg, model.training
-    model.cfg = dataclasses.replace(cfg, precision="fp32")
-    model.eval()
+    if not query.strip():
+        raise UserError("there is no text in the query")
+    modes = {module: module.training for module in model.modules()}
     try:
-        text, neutral = encode_text(model, [query, _NEUTRAL]).to(model.device)
-        with torch.enable_grad(), _recorded(network) as (maps, attentions):
-            square = model.image_transform(train=False)(image=pixels)["image"][None].to(model.device)
-            inputs = model.normalize_pixels(square).requires_grad_()  # the weights may be frozen
-            embedding = model.encode_image(inputs)[0]
-            cosine = (embedding @ text).item()
-            beyond = embedding @ (text - (text @ neutral) * neutral)
-            if len({attention.shape for attention in attentions}) == 1:
-                heat = _rollout(attentions, torch.autograd.grad(beyond, attentions))
-            elif maps:
-                heat = _grad_cam(maps, beyond)
-            else:
-                raise UserError(f"{type(network).__name__} has neither feature maps nor attention to explain by")
+        with torch.inference_mode(False), torch.enable_grad():
+            sentence, neutral = encode_text(model, [query, NEUTRAL])
+            cosine = (encode_image(model, image)[0] @ sentence).item()
+            pixels = load_image(image)
+            square = model.image_transform()(image=pixels)["image"][None].to(model.device)  # (1, 3, S, S)
+            direction = (sentence - (sentence @ neutral) * neutral).to(model.device)  # (P,)
+            heat = _heat(model, model.normalize_pixels(square), direction)
     finally:
-        model.cfg = cfg
-        model.train(was_training)
-    return Explanation(query, pixels, _on_image(heat, pixels.shape[:2], cfg), cosine)
+        for module, mode in modes.items():
+            module.training = mode
+    heat = _at_image_size(heat, model.cfg, *pixels.shape[:2])
+    return Explanation(query, pixels, (heat / heat.max().clamp(min=1e-30)).cpu().numpy(), cosine)
 
 
-def _grad_cam(maps: list[torch.Tensor], cosine: torch.Tensor) -> torch.Tensor:
-    """(h, w) heat from the last feature map (1, C, h, w) that is fine enough, else the finest."""
-    side = min(_FINEST, max(min(m.shape[2:]) for m in maps))
-    chosen = [m for m in maps if min(m.shape[2:]) >= side][-1]
-    (gradient,) = torch.autograd.grad(cosine, chosen)
-    return (gradient * chosen).sum(1)[0].clamp(min=0).detach()
+class _Recorder(TorchFunctionMode):
+    """Keeps feature maps and attention weights of what its thread computes inside; no module is changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.features: list[torch.Tensor] = []  # maps (1, D, h, w) or (1, h, w, D), tokens (1, N, D)
+        self.attention: list[torch.Tensor] = []  # (1, heads, N, N)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:  # fused, it has no weights
+            output, weights = torch.ops.aten._scaled_dot_product_attention_math(*args, **(kwargs or {}))
+            self.attention.append(weights)
+            return output
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.requires_grad and output.ndim in (3, 4):
+            is_attention = output.ndim == 4 and func in (F.softmax, torch.softmax, torch.Tensor.softmax)
+            (self.attention if is_attention else self.features).append(output)
+        return output
 
 
-def _rollout(attentions: list[torch.Tensor], gradients: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """(h, w) heat from each layer's attention (1, heads, N, N) and its gradient."""
-    n = attentions[0].shape[-1]
-    relevance = torch.eye(n, device=attentions[0].device)
-    for attention, gradient in zip(attentions, gradients, strict=True):
-        relevance = relevance + (attention * gradient).clamp(min=0).mean(1)[0] @ relevance
-    side = int(n**0.5)
-    prefix = n - side * side  # the class token, and registers
-    rows = relevance[:1] if prefix else relevance
-    return (rows - torch.eye(n, device=rows.device)[: len(rows)]).mean(0)[prefix:].view(side, side).detach()
+def _heat(model: DualEncoder, pixel_values: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """(1, 3, S, S) normalised pixels -> (h, w), not negative: what turns the embedding towards `direction`, (P,)."""
+    pixel_values.requires_grad_()  # the parameters may be frozen
+    with _Recorder() as recorder:
+        score = F.normalize(model.forward_image(pixel_values).float(), dim=-1)[0] @ direction
+    features = recorder.features if score.requires_grad else []  # not behind a tower that detaches its output
+    optional = {"allow_unused": True, "materialize_grads": True}
+    tokens = {feature.shape[1] for feature in features if feature.ndim == 3}
+    attention = [weights for weights in recorder.attention if weights.shape[-2] == weights.shape[-1] in tokens]
+    attention = [weights for weights in attention if weights.shape == attention[-1].shape]
+    if len(attention) > 1 and features[-1].ndim == 3:  # a single one may pool the maps of a convolutional tower
+        return _rollout(attention, torch.autograd.grad(score, attention, **optional))
+    tower = model.towers["image"]
+    y, x = (1, 2) if getattr(getattr(tower, "timm_model", tower), "output_fmt", "") == "NHWC" else (2, 3)
+    maps = [feature for feature in features if feature.ndim == 4 and 1 < feature.shape[y] == feature.shape[x]]
+    if not maps:
+        fault = "its image tower has neither feature maps nor attention, which show places in the image"
+        raise UserError(f"model_name {model.cfg.model_name!r} cannot be explained: {fault}")
+    side = min(LEAST_SIDE, max(feature.shape[y] for feature in maps))
+    maps = [feature for feature in reversed(maps) if feature.shape[y] >= side]
+    last = next((feature for feature in maps if not _is_bypassed(feature, score, pixel_values)), maps[0])
+    # Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391)
+    (gradient,) = torch.autograd.grad(score, last, **optional)
+    return (gradient.mean((y, x), keepdim=True) * last.detach()).sum(6 - y - x)[0].clamp(min=0)
 
 
-@contextlib.contextmanager
-def _recorded(network: nn.Module) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Record the feature maps (1, C, h, w) and the attention (1, heads, N, N) of a forward pass inside."""
-    maps: list[torch.Tensor] = []
-    attentions: list[torch.Tensor] = []
-
-    def recorder(name: str):
-        def record(module: nn.Module, args: tuple, output: object) -> None:
-            # transformers' attention modules return (features, weights); timm's apply a module to the weights
-            of_attention = isinstance(output, tuple) or name.endswith("attn_drop")
-            for tensor in output if isinstance(output, tuple) else (output,):
-                if not isinstance(tensor, torch.Tensor) or tensor.ndim != 4 or not tensor.requires_grad:
-                    continue
-                if of_attention and len(tensor) == 1 and tensor.shape[2] == tensor.shape[3]:
-                    attentions.append(tensor)
-                elif not of_attention and min(tensor.shape[2:]) > 1:
-                    maps.append(tensor)
-
-        return record
-
-    # Fused kernels do not show their weights: these are the switches of timm and of transformers
-    switches = [(m, "fused_attn", False) for m in network.modules() if getattr(m, "fused_attn", False)]
-    configs = {id(m.config): m.config for m in network.modules() if hasattr(m, "config")}
-    switches += [(c, "_attn_implementation", "eager") for c in configs.values() if hasattr(c, "_attn_implementation")]
-    before = [getattr(owner, name) for owner, name, _ in switches]
-    hooks = [module.register_forward_hook(recorder(name)) for name, module in network.named_modules()]
-    try:
-        for owner, name, value in switches:
-            setattr(owner, name, value)
-        yield maps, attentions
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
+def _is_bypassed(feature: torch.Tensor, score: torch.Tensor, pixel_values: torch.Tensor) -> bool:
+    """Whether the score depends on the pixels by another path too: the map is within a residual branch, say."""
+    nodes, seen = [score.grad_fn], {None, feature.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        if getattr(node, "variable", None) is pixel_values:
+            return True
+        if node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return False
 
 
-def _on_image(heat: torch.Tensor, size: tuple[int, int], cfg: CFG) -> np.ndarray:
-    """Heat of the model's square input (h, w) -> (H, W) of the image in 0 to 1; 0 where the image was cropped away."""
-    import cv2
+@torch.no_grad()
+def _rollout(attention: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Gradient-weighted attention rollout (Chefer et al. 2021, arXiv:2103.15679): layers (1, heads, N, N) -> (h, w).
 
-    height, width = size
-    if short := shorter_side(cfg):
-        side = max(1, round(min(size) * cfg.size / short))
-        top, left, tall, wide = (height - side) // 2, (width - side) // 2, side, side
-    else:
-        top, left, tall, wide = 0, 0, height, width
-    values = heat.float().cpu().numpy()
-    values = np.clip(cv2.resize(values, (wide, tall), interpolation=cv2.INTER_CUBIC), 0, None)
-    out = np.zeros(size, np.float32)
-    out[top : top + tall, left : left + wide] = values / max(float(values.max()), 1e-12)
-    return out
+    Of the tokens that the tower pools, the class token or all patches: in the last layer, no others have a gradient.
+    """
+    n = attention[0].shape[-1]
+    relevance = torch.zeros(n, n, device=attention[0].device)  # that of a token for itself is left out
+    for weights, gradient in zip(attention, gradients, strict=True):
+        update = (weights * gradient).clamp(min=0).mean(1)[0]  # (N, N)
+        relevance = relevance + update + update @ relevance
+    pooled = gradient[0].any(0).any(-1)  # (N,)
+    side = math.isqrt(n)  # class and register tokens come before the patches
+    return relevance[pooled].sum(0)[-side * side :].view(side, side)
+
+
+def _at_image_size(heat: torch.Tensor, cfg: CFG, height: int, width: int) -> torch.Tensor:
+    """The heat of the square that the model saw, (h, w), at its place in the image, (height, width)."""
+    high, wide = height, width
+    if short := shorter_side(cfg):  # the rest was cropped off
+        high = wide = round(min(height, width) * cfg.size / short)
+    top, left = (height - high) // 2, (width - wide) // 2
+    square = F.interpolate(heat[None, None], (high, wide), mode="bilinear")[0, 0]
+    return F.pad(square, (left, width - wide - left, top, height - high - top))
