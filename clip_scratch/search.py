@@ -15,7 +15,7 @@ from .errors import UserError, run_command
 
 if TYPE_CHECKING:
     from .retrieval.index import Index
-    from .retrieval.indexing import Report
+    from .retrieval.indexing import IndexUpdate
     from .retrieval.results import Matches
 
 
@@ -84,7 +84,7 @@ def _index(arguments: IndexArguments) -> None:
     _print_report(report, folder)
 
 
-def _print_report(report: Report, folder: Path) -> None:
+def _print_report(report: IndexUpdate, folder: Path) -> None:
     rate = f", {report.added / report.seconds:.0f} images/s" if report.added else ""
     print(f"{folder}: {report.images:,} images; {report.added:,} embedded{rate}, {report.removed:,} removed")
     if report.recall is not None:

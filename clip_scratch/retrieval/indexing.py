@@ -39,7 +39,7 @@ _DATE_TAKEN, _DATE_CHANGED, _EXIF, _ORIENTATION = 36867, 306, 0x8769, 274  # EXI
 
 
 @dataclasses.dataclass
-class Report:
+class IndexUpdate:
     """What an update of an index did."""
 
     images: int = 0  # in the index now
@@ -60,7 +60,7 @@ def update_index(
     store: str = "",
     device: str = "auto",
     prepare: Callable[[DualEncoder, Path], object] = lambda model, folder: None,
-) -> Report:
+) -> IndexUpdate:
     """Make `folder` an index of all images below the folder `images`, by the model of `run`.
 
     Of an index that exists, only what is new or changed is embedded, and what is gone is forgotten. It is committed as
@@ -83,7 +83,7 @@ def update_index(
         on_disk = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
         gone = known.keys() - on_disk.keys()
         opened.remove(gone)
-        report = Report(removed=len(gone))
+        report = IndexUpdate(removed=len(gone))
         opened.add_columns({name: kind for name, (kind, _) in columns.items()})
         of_image = _by_image(columns, names, report)
         todo = [name for name in names if known.get(name) != on_disk[name]]
@@ -155,7 +155,7 @@ def _captions(folder: Path, info: dict) -> np.ndarray:
 
 def _embed(
     model: DualEncoder, images: Path, names: list[str], on_disk: dict, of_image: dict, opened, captions: np.ndarray,
-    report: Report,
+    report: IndexUpdate,
 ) -> None:  # fmt: skip
     """Embed images and commit them every few seconds, and at an interrupt."""
     began = committed = time.monotonic()
@@ -190,7 +190,7 @@ def _embed(
 
 @torch.inference_mode()
 def _embedded(
-    model: DualEncoder, images: Path, names: Sequence[str], report: Report
+    model: DualEncoder, images: Path, names: Sequence[str], report: IndexUpdate
 ) -> Iterator[tuple[list[tuple[str, dict]], np.ndarray]]:
     """Batches of (name, width, height and date), and their embeddings (B, P); unreadable images are reported."""
     transform = model.image_transform(train=False)
@@ -276,7 +276,7 @@ def read_columns(path: Path) -> dict[str, tuple[str, dict[str, object]]]:
     return columns
 
 
-def _by_image(columns: dict, names: list[str], report: Report) -> dict[str, dict[str, object]]:
+def _by_image(columns: dict, names: list[str], report: IndexUpdate) -> dict[str, dict[str, object]]:
     """The table's values for each image, which a row names by its path below the folder or by its file name alone."""
     if not columns:
         return {}

@@ -6,6 +6,7 @@ transformers in three.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -79,12 +80,12 @@ class QueryEncoder:
         `+` and `-` between spaces add and subtract sentences or image files, `0.5*` before one weighs it: "photo.jpg +
         at night - 0.5*people". Raises UserError where a term is empty or everything cancels out.
         """
-        terms = [(weight, name, _is_image(name)) for weight, name in parse(query)]
-        total = sum(weight * (self.image if image else self.text)([name])[0] for weight, name, image in terms)
+        terms = [(weight, name, _image_file(name)) for weight, name in parse(query)]
+        total = sum(weight * (self.image([file]) if file else self.text([name]))[0] for weight, name, file in terms)
         length = np.linalg.norm(total)
         if length < 1e-6:
             raise UserError(f"the parts of the query {query!r} cancel out")
-        return total / length, not any(image for *_, image in terms)
+        return total / length, not any(file for *_, file in terms)
 
 
 def parse(query: str) -> list[tuple[float, str]]:
@@ -102,14 +103,11 @@ def parse(query: str) -> list[tuple[float, str]]:
     return terms
 
 
-def _is_image(name: str) -> bool:
-    """Whether a term names an image file; one that looks like it but is missing raises UserError."""
-    path = Path(name).expanduser()
-    if path.suffix.lower() not in IMAGE_SUFFIXES or len(name) > 1000:
-        return False
-    try:
-        if path.is_file():
-            return True
-    except OSError:
-        pass
-    raise UserError(f"there is no image {name}")
+def _image_file(name: str) -> str:
+    """The image file that a term names, "" for a sentence. Raises UserError where there is no such file."""
+    path = os.path.expanduser(name)
+    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
+        return ""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no image {name}")
+    return path
