@@ -54,13 +54,22 @@ def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[st
     LoRA's updates are merged into the weights, so that loading needs no PEFT; in bf16 the merged model's metrics may
     differ from `metrics` in the last digit shown.
     """
-    from safetensors.torch import save_file
-
     header = {"format": "pt", "epoch": str(epoch), "metrics": json.dumps(metrics), "git_commit": git_commit()}
     # Copies, since safetensors refuses tensors that share their memory, as T5's embeddings do
     state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in merged_state(model).items()}
-    write_atomically(folder / WEIGHTS, lambda temporary: save_file(state, temporary, metadata=header))
+    write_atomically(folder / WEIGHTS, lambda temporary: write_tensors(temporary, state, header))
     write_json(folder / "metrics.json", {"epoch": epoch, **metrics, "git_commit": header["git_commit"]})
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+    """A safetensors file. Raises OSError where it cannot be written, a full disk included."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=header)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def best_folder(run: str | Path) -> Path:

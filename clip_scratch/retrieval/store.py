@@ -9,6 +9,7 @@ new generation of the array is written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import sys
@@ -319,6 +320,8 @@ class LocalStore:
             message = f"the index {self.folder} is damaged ({error}): delete it and index the folder again"
             raise UserError(message) from error
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(f"the disk of {self.folder} is full: what was indexed so far is kept") from error
             raise UserError(f"the index {self.folder} cannot be used: {error}") from error
 
 

@@ -23,7 +23,7 @@ from ..config import CFG
 from ..errors import UserError
 from ..files import remove_unfinished, write_atomically
 from ..models.clip import DualEncoder
-from ..models.saved import bare_model, prepare_best, run_config
+from ..models.saved import bare_model, prepare_best, run_config, write_tensors
 from ..presets import PRESETS
 from .distributed import any_process, from_main, is_main
 from .state import TrainState
@@ -192,8 +192,6 @@ def _check_new(folder: Path) -> None:
 
 def save_tree(path: Path, tree: dict) -> None:
     """Write nested dicts and lists of tensors, numbers, strings and None, atomically: JSON in the file's header."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, torch.Tensor] = {}
 
     def pack(value: object, name: str) -> object:
@@ -208,7 +206,7 @@ def save_tree(path: Path, tree: dict) -> None:
         return value
 
     header = {"tree": json.dumps(pack(tree, ""))}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, header))
 
 
 def load_tree(path: Path) -> dict:
