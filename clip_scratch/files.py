@@ -138,10 +138,10 @@ def check_room(folder: Path, size: int, what: str, off_switch: str) -> None:
         print(f"caching {what}, {size / 1e9:.1f} GB, in {folder} ({off_switch} turns this off)")
 
 
-def cache_folder(cfg: CFG) -> Path:
+def cache_folder(cfg: CFG | None = None) -> Path:
     """cfg.cache_path, or clip_scratch in the user's cache folder. Raises OSError where there is no home folder."""
     try:
-        if cfg.cache_path:
+        if cfg and cfg.cache_path:
             return Path(cfg.cache_path).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clip_scratch")
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 python -m clip_scratch.prepare scenes --n 10000 --out data/scenes
 python -m clip_scratch.prepare flickr8k
 python -m clip_scratch.prepare flickr30k
+python -m clip_scratch.prepare shards --captions-path captions.csv --out shards
 python -m clip_scratch.prepare check --captions-path captions.csv --image-path images
 python -m clip_scratch.prepare cache --older-than 30
 """
@@ -24,7 +25,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from .errors import UserError, run_command, suggest
-from .files import cache_folder, new_folder, sole_writer
+from .files import cache_folder, new_folder, remove_unfinished, sole_writer, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +34,7 @@ FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k
 TIMEOUT = 8  # seconds without a byte from the server
 CACHES = {  # in the cache folder
     "images-*": "images", "features-*.bin": "features of a frozen tower", "precision-*.json": "measured precision",
+    "shard-*.json": "content of a shard", "shards/*.tar": "copy of a shard",
     ".*.tmp": "unfinished file",
 }  # fmt: skip
 
@@ -109,6 +111,38 @@ def check(captions_path: str, image_path: str = "") -> None:
     print(summary(open_data(CFG(captions_path=captions_path, image_path=image_path, image_cache=False)).table))
 
 
+def shards(out: str, captions_path: str = "", image_path: str = "", shard_size: int = 1000) -> None:
+    """Write a data set as WebDataset tar shards, OUT/SPLIT/00000.tar ...; the command again writes what is missing.
+
+    Args:
+        out: folder for the shards.
+        captions_path: captions file, folder of a published data set, or shards; by default the built-in scenes.
+        image_path: folder of the images; by default it is found beside the captions file.
+        shard_size: images in a shard.
+    """
+    from .config import CFG
+    from .data.captions import fingerprint_of
+    from .data.shards import write_shards
+    from .data.source import open_data
+
+    folder = Path(out)
+    source = open_data(CFG(captions_path=captions_path, image_path=image_path, image_cache=False))
+    made_from = {"captions": fingerprint_of(source.table), "shard_size": shard_size}
+    record = folder / "source.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        if not record.is_file() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds other files: set --out to a new folder")
+        if record.is_file() and json.loads(record.read_text()) != made_from:
+            raise UserError(f"{folder} holds shards of other captions, or of another size: set --out to a new folder")
+        write_json(record, made_from)
+        for split, n in write_shards(source.table, source.image_folder, folder, shard_size).items():
+            print(f"{split}: {n:,} shards, {folder}/{split}/*.tar")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write the shards to {folder}: {error}") from error
+
+
 def cache(remove: tuple[str, ...] = (), older_than: float = math.inf, cache_path: str = "") -> None:
     """List the caches of images, frozen features and measured precisions, with their sizes and ages; remove some.
 
@@ -162,7 +196,7 @@ def _describe_cache(path: Path, kind: str) -> tuple[int, float, str]:
 def main(args: list[str] | None = None) -> None:
     import tyro
 
-    commands = {"scenes": scenes, "flickr8k": flickr8k, "flickr30k": flickr30k, "check": check, "cache": cache}
+    commands = {command.__name__: command for command in (scenes, flickr8k, flickr30k, shards, check, cache)}
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m clip_scratch.prepare", description=__doc__.splitlines()[0], args=args
     )

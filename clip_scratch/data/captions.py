@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from ..errors import UserError
+from .image_files import stamp
 from .locate import SPLIT_OF_NAME, SPLITS, Located, existing_folder, find_images, locate
 from .readers import read_file, read_text
+from .shards import read_shards
 
 if TYPE_CHECKING:
     from ..config import CFG
@@ -40,12 +42,18 @@ def read_captions(cfg: CFG) -> pd.DataFrame:
 
 def read_table(located: Located, cfg: CFG) -> pd.DataFrame:
     """`read_captions` of a data set that has been located."""
-    parts = {split: read_file(file, located.form, located.columns) for split, file in located.files.items()}
+    parts = {split: _read(file, located, cfg) for split, file in located.files.items()}
     parts = [part.assign(split=split) if split else part for split, part in parts.items()]
-    table = _split(_clean(pd.concat(parts, ignore_index=True)), located.first, cfg)
+    table = _split(_clean(pd.concat(parts, ignore_index=True)), Path(located.first), cfg)
     table["image_id"] = pd.factorize(table["image"])[0]
     first = ["image", "caption", "image_id", "split"]
     return table[first + [name for name in table.columns if name not in first]].reset_index(drop=True)
+
+
+def _read(file: Path | str, located: Located, cfg: CFG) -> pd.DataFrame:
+    if isinstance(file, str):
+        return read_shards(file, str(located.images), cfg.on_bad_image)
+    return read_file(file, located.form, located.columns)
 
 
 def make_train_valid_dfs(cfg: CFG) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -98,7 +106,7 @@ def check_images(
     from tqdm import tqdm
 
     firsts = table.drop_duplicates("image")
-    if not any(os.path.isfile(folder / name) for name in firsts["image"]):
+    if not any(stamp(folder / name) for name in firsts["image"]):
         example = firsts.iloc[0]
         raise UserError(
             f"none of the {len(firsts):,} images of {example['file']} is in {folder.absolute()}, for example "

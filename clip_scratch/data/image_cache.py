@@ -23,6 +23,7 @@ import numpy as np
 import PIL
 
 from ..files import allocate, cache_folder, check_room, sole_writer
+from .image_files import stamp
 from .images import image_prefix, load_image, reading
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def open_images(names: Sequence[str], folder: Path, cfg: CFG, train: bool) -> Im
     files = ImageFiles(names, folder, cfg, train)
     if not cfg.image_cache:
         return files
-    stamps = [_stamp(path) for path in files.paths]
+    stamps = [stamp(path) for path in files.paths]
     record = {"folder": os.path.abspath(folder), "side": files.side, "names": list(names), "stamps": stamps}
     try:
         cache = cache_folder(cfg) / f"images-{_key(record, cfg, train)}"
@@ -100,7 +101,7 @@ def decoded_before(folder: Path, cfg: CFG) -> set[str]:
                 if record["folder"] == os.path.abspath(folder):
                     done = rows_done(file.parent, len(record["names"]), record["side"])
                     rows = zip(record["names"], record["stamps"], done, strict=True)
-                    known.update(name for name, stamp, ok in rows if ok and _stamp(os.path.join(folder, name)) == stamp)
+                    known.update(name for name, before, ok in rows if ok and stamp(folder / name) == before)
     return known
 
 
@@ -114,15 +115,6 @@ def rows_done(cache: Path, n: int, side: int) -> np.ndarray:
 
 def _sizes(n: int, side: int) -> dict[str, int]:
     return {"pixels": 3 * n * side**2, "ratios": 4 * n, "done": n}
-
-
-def _stamp(path: str) -> list[int] | None:
-    """Size in bytes and modification time in ns; None where there is no such file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _key(record: dict, cfg: CFG, train: bool) -> str:

@@ -7,6 +7,7 @@ Training has two stages: `image_prefix` does once what is the same in every epoc
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
+from .image_files import image_source, stamp
 
 if TYPE_CHECKING:
     from ..config import CFG
@@ -44,8 +46,8 @@ def images_below(folder: Path) -> list[str]:
     return names
 
 
-def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """An image file, PIL image or array as RGB uint8, (H, W, 3).
+def load_image(image: str | Path | io.BytesIO | Image.Image | np.ndarray) -> np.ndarray:
+    """An image file, its bytes, a PIL image or an array as RGB uint8, (H, W, 3).
 
     EXIF orientation is applied; greyscale, palette and CMYK images become RGB; transparent pixels become white.
     Greyscale values of more than 8 bits are scaled as in `_to_8_bits`. A corrupt file raises OSError (or ValueError or
@@ -54,7 +56,7 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     elif not isinstance(image, Image.Image):
-        with open_image(image) as file:
+        with Image.open(image) if isinstance(image, io.BytesIO) else open_image(image) as file:
             file.load()
             image = file
     image = ImageOps.exif_transpose(image)
@@ -68,18 +70,19 @@ def load_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
 
 def open_image(path: str | Path) -> Image.Image:
     """Image.open, and for HEIC files, whatever their suffix, the decoder of the `heif` extra; not yet decoded."""
+    source = image_source(path)
     try:
-        return Image.open(path)
+        return Image.open(source)
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            if file.read(8)[4:] != b"ftyp":  # HEIF (ISO/IEC 23008-12)
-                raise
+        raw = source.getvalue() if isinstance(source, io.BytesIO) else Path(path).read_bytes()
+        if raw[4:8] != b"ftyp":  # HEIF (ISO/IEC 23008-12)
+            raise
     try:
         import pillow_heif
     except ImportError as error:
         raise UserError("HEIC images need another library: pip install 'clip_scratch[heif]'") from error
     pillow_heif.register_heif_opener()
-    return Image.open(path)
+    return Image.open(io.BytesIO(raw))
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -148,7 +151,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def fault_of(path: str | Path, error: Exception) -> str:
     """Why an image cannot be used, after a decoder has raised `error`."""
-    if not os.path.isfile(path):
+    if stamp(path) is None:
         return "no such file"
     return f"cannot be decoded ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
 

@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import augment, augment_on_device, augments, changes, random_numbers
 from .captions import image_folder, plain_words
 from .image_cache import ImageCache, open_images
+from .image_files import split_member
 from .images import load_image, reading
+from .shards import shard_order
 from .tokenizer import TokenTable, tokenize
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class CaptionedImages(Dataset):
         self.names = first["image"].tolist()
         self.image_ids = first["image_id"].to_numpy()
         self.folder: Path = image_folder(cfg, table)
+        shards = [split_member(name) for name in self.names]
+        self.shard_of = pd.factorize(pd.Series([shard for shard, _ in shards]))[0] if all(shards) else None
         groups = table.reset_index(drop=True).groupby("image_id", sort=False).indices
         rows = [groups[i] for i in self.image_ids]
         self.rows = np.concatenate(rows)  # of the captions, image after image
@@ -179,11 +183,15 @@ class EpochBatches(Sampler):
     """Batches of (epoch, image number): shuffled by (seed, epoch) for training, in order for evaluation.
 
     Of several processes, number `rank` of `world_size` takes its share: in training of every batch, so that together
-    they have the batches of one process; in evaluation of the images.
+    they have the batches of one process; in evaluation of the images. `shard_of` (N,) is the shard of each image, where
+    they are in shards: then few shards are read at a time.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int | None, rank: int = 0, world_size: int = 1):
-        self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
+    def __init__(
+        self, n: int, batch_size: int, seed: int | None, rank: int = 0, world_size: int = 1,
+        shard_of: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.n, self.batch_size, self.seed, self.shard_of = n, min(batch_size, n), seed, shard_of
         self.own = np.arange(n)
         if seed is None:
             self.own = np.array_split(self.own, world_size)[rank]
@@ -202,7 +210,9 @@ class EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, share = self.own, slice(None)
         if self.seed is not None:
-            order, share = np.random.default_rng((self.seed, self.epoch)).permutation(order), self.share
+            rng, share = np.random.default_rng((self.seed, self.epoch)), self.share
+            in_shards = self.shard_of is not None
+            order = shard_order(self.shard_of, self.batch_size, rng) if in_shards else rng.permutation(order)
         for k in range(self.skip, len(self) if self.stop is None else min(len(self), self.stop)):
             yield [(self.epoch, int(i)) for i in order[k * self.batch_size : (k + 1) * self.batch_size][share]]
         self.start(self.epoch + 1)
@@ -216,7 +226,7 @@ class Loader(DataLoader):
     """
 
     def __init__(self, data: CaptionedImages, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1):
-        self.batches = EpochBatches(len(data), batch_size, data.seed, rank, world_size)
+        self.batches = EpochBatches(len(data), batch_size, data.seed, rank, world_size, data.shard_of)
         super().__init__(
             data,
             sampler=self.batches,

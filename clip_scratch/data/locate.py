@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..errors import UserError, suggest
 from .readers import Columns
+from .shards import common_folder, is_shards
 
 if TYPE_CHECKING:
     from ..config import CFG
@@ -35,13 +36,13 @@ IMAGE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "f
 class Located(NamedTuple):
     """Where a data set is. The key of a single file, whose splits are inside it, beside it or nowhere, is ""."""
 
-    files: dict[str, Path]  # captions files by split
+    files: dict[str, Path | str]  # captions files, or patterns of shards, by split
     form: str  # captions_format
     columns: Columns
     images: Path | None  # image folder, where the data set fixes it
 
     @property
-    def first(self) -> Path:
+    def first(self) -> Path | str:
         return next(iter(self.files.values()))
 
 
@@ -52,6 +53,8 @@ def locate(cfg: CFG) -> Located:
 
         captions, images = ensure_scenes(cfg)
         return Located({"": captions}, "table", Columns(), images)
+    if any(map(is_shards, (cfg.captions_path, cfg.valid_captions_path, cfg.test_captions_path))):
+        return _locate_shards(cfg)
     path = Path(os.path.expanduser(cfg.captions_path))
     if cfg.captions_format == "huggingface" or (cfg.captions_format == "auto" and _is_huggingface(path)):
         from .huggingface import export
@@ -65,6 +68,16 @@ def locate(cfg: CFG) -> Located:
             files[split] = _captions_files(Path(os.path.expanduser(other)), single=True)[""]
     columns = Columns(cfg.image_column, cfg.caption_column, cfg.label_column)
     return Located(files, cfg.captions_format, columns, None)
+
+
+def _locate_shards(cfg: CFG) -> Located:
+    """Shards hold their images, so that `images` is what they have in common."""
+    of_split = {"train": cfg.captions_path, "valid": cfg.valid_captions_path, "test": cfg.test_captions_path}
+    files = {split: pattern for split, pattern in of_split.items() if pattern}
+    if other := [pattern for pattern in files.values() if not is_shards(pattern)]:
+        raise UserError(f"{other[0]} has no shards, as the other splits do. Write them with prepare shards")
+    images = Path(common_folder(list(files.values())))
+    return Located(files if len(files) > 1 else {"": cfg.captions_path}, "shards", Columns(), images)
 
 
 def find_images(located: Located, table: pd.DataFrame) -> Path:
@@ -93,7 +106,7 @@ def _announce(folder: Path) -> None:
 def existing_folder(image_path: str) -> Path:
     """The folder of the setting image_path. Raises UserError where there is none."""
     folder = Path(os.path.expanduser(image_path))
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder) and not re.match(r"\w\w+:(/|$)", image_path):
         raise UserError(f"no image folder {folder}.{_near(folder)} Set --image-path to the folder of the images.")
     return folder
 

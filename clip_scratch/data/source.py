@@ -39,6 +39,8 @@ def open_data(cfg: CFG) -> DataSource:
     located = locate(cfg)
     table = read_table(located, cfg)
     folder = located.images or (existing_folder(cfg.image_path) if cfg.image_path else find_images(located, table))
-    known = decoded_before(folder, cfg) if cfg.image_cache else ()
+    known = decoded_before(folder, cfg) if cfg.image_cache else set()
+    if "decodes" in table:  # shards are checked when they are read first
+        known |= set(table["image"][table.pop("decodes")])
     table = check_images(table, folder, cfg.on_bad_image, known=known)
     return DataSource(dataclasses.replace(cfg, image_path=str(folder)), table, folder)

@@ -9,7 +9,6 @@ Shapes: N images of the data set, D features.
 import copy
 import hashlib
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ..config import CFG
+from ..data.image_files import stamp
 from ..data.loaders import CaptionedImages, Loader
 from ..files import cache_folder, check_room, sole_writer, write_atomically
 from ..models.clip import DualEncoder
@@ -107,10 +107,9 @@ def _features(model: DualEncoder, tower: str, data: CaptionedImages, cfg: CFG) -
             features[place] = head_input(model, tower, *(x.to(model.device) for x in inputs)).to(features.device)
 
     if tower == "image":
-        stats = [os.stat(data.folder / name) for name in data.names]
         few = data.pixels(0, range(min(4, len(data))))
         shape, inputs = (views, len(data)), (few,)
-        facts = seed, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(data.names, stats, strict=True)]
+        facts = seed, [(name, *stamp(data.folder / name)) for name in data.names]
     else:
         shape, inputs, facts = (len(tokens),), tokens.batch([0]), (tokens.ids, tokens.starts)
     example = head_input(model, tower, *(x.to(model.device) for x in inputs))
