@@ -52,7 +52,7 @@ def read_table(located: Located, cfg: CFG) -> pd.DataFrame:
 
 def _read(file: Path | str, located: Located, cfg: CFG) -> pd.DataFrame:
     if isinstance(file, str):
-        return read_shards(file, str(located.images), cfg.on_bad_image)
+        return read_shards(file, located.images, cfg.on_bad_image)
     return read_file(file, located.form, located.columns)
 
 

@@ -41,7 +41,7 @@ def is_shards(path: str | Path) -> bool:
     return str(path).endswith(".tar")
 
 
-def read_shards(pattern: str, root: str, on_bad_image: str) -> pd.DataFrame:
+def read_shards(pattern: str, root: Path, on_bad_image: str) -> pd.DataFrame:
     """The captions of all shards: image (below `root`), caption, file, row, and whether the image `decodes`.
 
     Raises UserError for a shard that is missing or damaged, and for a sample without image or caption; where
@@ -59,7 +59,7 @@ def read_shards(pattern: str, root: str, on_bad_image: str) -> pd.DataFrame:
     for shard, (samples, fault) in zip(shards, found, strict=True):
         if fault:
             left_out.append(f"the shard {shard} cannot be read to its end ({fault})")
-        below = shard.removeprefix(root).lstrip("/")
+        below = Path(shard).relative_to(root).as_posix()
         for row, (name, _, size, captions, decodes) in enumerate(samples, 1):
             if not (size and captions):
                 left_out.append(f"{shard}: {name} has no {'caption' if size else 'image'}")
