@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class IndexArguments:
-    """Embed the images of a folder, so that `find` answers at once. Run it again to update it."""
+    """Embed the images of a folder, so that `find` answers at once. Run it again to update it.
+
+    Under torchrun all processes embed.
+    """
 
     run: Positional[str]  # run folder, or its best/
-    images: Positional[str]  # folder of the images, with all below it
+    images: Positional[str]  # folder of the images, with all below it, or tar shards ('shards/{00..99}.tar')
     index: str = ""  # folder of the index; empty: indexes/ and the name of the image folder
     table: str = ""  # CSV file with an image column; its other columns can be asked for by find --where
     ann: bool = False  # build an approximate index too, as is done from a million images on
@@ -62,11 +65,14 @@ def main(arguments: IndexArguments | FindArguments) -> None:
 
 
 def _index(arguments: IndexArguments) -> None:
+    from .data.shards import is_shards
     from .exporting.onnx import write_text_tower
-    from .retrieval.indexing import update_index
+    from .retrieval.indexing import embed_share, update_index
     from .retrieval.query import QUICK
+    from .training.distributed import is_main, process_group, share
 
-    folder = Path(arguments.index or Path("indexes", Path(arguments.images).resolve().name))
+    images = Path(arguments.images)
+    folder = Path(arguments.index or Path("indexes", (images.parent if is_shards(images) else images).resolve().name))
 
     def prepare(model, temporary: Path) -> None:
         try:
@@ -75,10 +81,14 @@ def _index(arguments: IndexArguments) -> None:
             print(f"find will start slower: {error}", file=sys.stderr)
 
     try:
-        report = update_index(
-            arguments.run, arguments.images, folder, arguments.table, arguments.ann, arguments.store, arguments.device,
-            prepare,
-        )  # fmt: skip
+        with process_group():
+            if not is_main():
+                embed_share(arguments.run, arguments.images, arguments.device, share)
+                return
+            report = update_index(
+                arguments.run, arguments.images, folder, arguments.table, arguments.ann, arguments.store,
+                arguments.device, prepare, share,
+            )  # fmt: skip
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"What was embedded is kept in {folder}; the same command goes on") from interrupt
     _print_report(report, folder)

@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from distributed_worker import CASES, ten_steps
 
 from clip_scratch import load
 from clip_scratch.cli import parse
+from clip_scratch.data.images import load_image
+from clip_scratch.data.shards import write_shards
+from clip_scratch.retrieval.index import Index
 from clip_scratch.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -96,3 +101,28 @@ def test_what_several_processes_cannot_do(tmp_path):
     assert done.stderr.count("batch_size (15) is not a multiple of the 2 processes") == 1
     assert "clip_scratch/train.py" not in done.stderr  # no traceback
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_all_processes_embed_into_one_index(scene_run, tmp_path):
+    """Of a folder with a damaged image, and of shards of it; as one process does."""
+    images = tmp_path / "images"
+    images.mkdir()
+    scenes = sorted((scene_run.cwd / "data").rglob("*.png"))[:70]
+    names = [Path(shutil.copy(path, images)).name for path in scenes]
+    (images / "bad.png").write_bytes(b"x")
+    captions = pd.DataFrame({"image": names, "caption": names, "split": "train"})
+    write_shards(captions, images, tmp_path / "shards", 20)
+    run = str(scene_run.folder.resolve())
+    for place, folder in ((images, "one"), (images, "two"), (f"{tmp_path}/shards/train/*.tar", "shards")):
+        words = ["-m", "clip_scratch.search", "index", run, str(place), "--index", folder, "--device", "cpu"]
+        done = torchrun(1 if folder == "one" else 2, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("70 images; 70 embedded") == 1
+        assert ("bad.png" in done.stderr) == (folder != "shards")
+    one, two, shards = (
+        Index.open(tmp_path / folder).search("a red circle", n=70) for folder in ("one", "two", "shards")
+    )
+    assert two == one
+    assert [score for _, score in shards] == pytest.approx([score for _, score in one], abs=1e-3)
+    assert (load_image(shards.folder / shards[0][0]) == load_image(images / one[0][0])).all()

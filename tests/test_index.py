@@ -168,14 +168,14 @@ def test_dead_rows_are_dropped_under_an_open_reader(tmp_path):
 
 def test_one_writer_at_a_time(copied, monkeypatch):
     inside, leave = threading.Event(), threading.Event()
-    embed = indexing._embed
+    commit = indexing._commit
 
     def waiting(*args):
         inside.set()
         leave.wait(30)
-        return embed(*args)
+        return commit(*args)
 
-    monkeypatch.setattr(indexing, "_embed", waiting)
+    monkeypatch.setattr(indexing, "_commit", waiting)
     thread = threading.Thread(target=update, args=(copied,))
     thread.start()
     assert inside.wait(30)

@@ -29,7 +29,7 @@ import pandas as pd
 from ..errors import UserError
 from ..files import cache_folder, sole_writer, write_atomically
 from .image_files import image_source, is_url, open_shard, record_of
-from .images import IMAGE_SUFFIXES, load_image
+from .images import IMAGE_SUFFIXES, images_below, load_image
 
 _LANES = 8  # shards that a batch mixes, where this divides the batch
 _WINDOW = 1000  # neighbours in a shard that are shuffled together
@@ -93,6 +93,21 @@ def list_shards(pattern: str) -> list[str]:
         what = f"there is no shard {missing[0]}" if missing else f"no shard matches {pattern}"
         raise UserError(f"{what}. A pattern is 'shards/*.tar' or 'shards/{{00000..00099}}.tar'")
     return found
+
+
+def images_in(place: str | Path) -> tuple[Path, list[str]]:
+    """A folder and the names of all images in it; of shards, the folder that they are below. Raises UserError."""
+    if not is_shards(place):
+        return Path(place).expanduser().resolve(), images_below(Path(place).expanduser())
+    shards = list_shards(str(place))
+    folder, names = Path(common_folder([str(place)])), []
+    for shard in shards:
+        samples, fault = _samples(shard)
+        if fault:
+            print(f"the shard {shard} cannot be read to its end ({fault})", file=sys.stderr)
+        below = Path(shard).relative_to(folder).as_posix()
+        names += [f"{below}/{name}" for name, _, size, *_ in samples if size]
+    return folder, names
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -20,8 +20,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..data.captions import read_captions, split_of
-from ..data.images import fault_of, images_below, load_image, open_image
+from ..data.image_files import stamp
+from ..data.images import fault_of, load_image, open_image
 from ..data.readers import IMAGE_NAMES
+from ..data.shards import images_in
 from ..device import keep_freed_memory
 from ..errors import UserError
 from ..files import new_folder, write_atomically, write_json
@@ -60,27 +62,28 @@ def update_index(
     store: str = "",
     device: str = "auto",
     prepare: Callable[[DualEncoder, Path], object] = lambda model, folder: None,
+    share: Callable[[list[str], Callable], Iterator] = lambda names, embed: embed(names),
 ) -> IndexUpdate:
-    """Make `folder` an index of all images below the folder `images`, by the model of `run`.
+    """Make `folder` an index of all images below the folder `images`, or in shards, by the model of `run`.
 
     Of an index that exists, only what is new or changed is embedded, and what is gone is forgotten. It is committed as
     it goes: a killed update goes on where it was. `table` is a CSV file with an image column, whose other columns
     become columns of the index; `ann` builds an approximate index however few the images; `store` names a Milvus
-    collection that holds the embeddings instead of the folder; `prepare` may add files to a new index. Raises UserError
-    for a folder that is an index of something else or is being written by another process.
+    collection that holds the embeddings instead of the folder; `prepare` may add files to a new index; `share` lets
+    other processes embed some of the images (`embed_share`). Raises UserError for a folder that is an index of
+    something else or is being written by another process.
     """
-    images, folder = Path(images).expanduser(), Path(folder)
+    folder = Path(folder)
     if ann and store:
         raise UserError("--ann is of no use with --store: Milvus has indexes of its own")
     columns = read_columns(Path(table)) if table else {}
-    names = images_below(images)
+    images, names = images_in(images)
     model = load(run, device)
     keep_freed_memory()
     info = _begin(folder, images, model, run, store, prepare)
     with _sole_writer(folder), open_store(folder, info, writing=True) as opened:
         known = opened.known()
-        stats = {name: os.stat(images / name) for name in names}
-        on_disk = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+        on_disk = {name: tuple(stamp(images / name)) for name in names}
         gone = known.keys() - on_disk.keys()
         opened.remove(gone)
         report = IndexUpdate(removed=len(gone))
@@ -89,16 +92,23 @@ def update_index(
         todo = [name for name in names if known.get(name) != on_disk[name]]
         if columns:
             opened.update({"path": name, **of_image[name]} for name in names if name in of_image and name not in todo)
-        _embed(model, images, todo, on_disk, of_image, opened, _captions(folder, info), report)
+        embedded = share(todo, partial(_embedded, model, images))
+        _commit(embedded, len(todo), on_disk, of_image, opened, _captions(folder, info), report)
         report.recall = opened.finish(ann)
         report.images = len(opened)
     return report
 
 
+def embed_share(run: str | Path, images: str | Path, device: str, share: Callable) -> None:
+    """In another process than that of `update_index`: embed what it shares out."""
+    for _ in share([], partial(_embedded, load(run, device), images_in(images)[0])):
+        pass
+
+
 def _begin(folder: Path, images: Path, model: DualEncoder, run: str | Path, store: str, prepare: Callable) -> dict:
     """index.json of `folder`, which is made where it is missing."""
     info = {
-        "format": FORMAT, "folder": str(images.resolve()), "run": str(run), "store": store,
+        "format": FORMAT, "folder": str(images), "run": str(run), "store": store,
         "dim": model.cfg.projection_dim, "logit_scale": model.logit_scale.item(),
         "fingerprint": model_fingerprint(model),
     }  # fmt: skip
@@ -153,11 +163,10 @@ def _captions(folder: Path, info: dict) -> np.ndarray:
     return info["logit_scale"] * read_captions_of(folder, info["dim"])[1]
 
 
-def _embed(
-    model: DualEncoder, images: Path, names: list[str], on_disk: dict, of_image: dict, opened, captions: np.ndarray,
-    report: IndexUpdate,
-) -> None:  # fmt: skip
-    """Embed images and commit them every few seconds, and at an interrupt."""
+def _commit(
+    embedded: Iterator, n: int, on_disk: dict, of_image: dict, opened, captions: np.ndarray, report: IndexUpdate
+) -> None:
+    """Commit the `n` images that `_embedded` gives, every few seconds and at an interrupt."""
     began = committed = time.monotonic()
     records: list[dict] = []
     embeddings: list[np.ndarray] = []
@@ -169,9 +178,10 @@ def _embed(
         records.clear()
         embeddings.clear()
 
-    with tqdm(total=len(names), desc="images", unit=" images", disable=not names) as bar:
+    with tqdm(total=n, desc="images", unit=" images", disable=not n) as bar:
         try:
-            for batch, rows in _embedded(model, images, names, report):
+            for batch, rows, faults in embedded:
+                report.faults |= faults
                 backgrounds = log_mean_exp(rows @ captions.T) if len(captions) else [None] * len(rows)
                 for (name, facts), background in zip(batch, backgrounds, strict=True):
                     size, mtime_ns = on_disk[name]
@@ -179,7 +189,7 @@ def _embed(
                     facts = {"path": name, "size": size, "mtime_ns": mtime_ns, "background": background, **facts}
                     records.append({**facts, **of_image.get(name, {})})
                 embeddings.append(rows)
-                bar.update(len(batch))
+                bar.update(len(batch) + len(faults))
                 if time.monotonic() - committed > _COMMIT_SECONDS:
                     commit()
                     committed = time.monotonic()
@@ -190,18 +200,20 @@ def _embed(
 
 @torch.inference_mode()
 def _embedded(
-    model: DualEncoder, images: Path, names: Sequence[str], report: IndexUpdate
-) -> Iterator[tuple[list[tuple[str, dict]], np.ndarray]]:
-    """Batches of (name, width, height and date), and their embeddings (B, P); unreadable images are reported."""
+    model: DualEncoder, images: Path, names: Sequence[str]
+) -> Iterator[tuple[list[tuple[str, dict]], np.ndarray, dict[str, str]]]:
+    """Batches: (name, width, height and date) of each image, embeddings (B, P), and what is wrong with the others."""
     transform = model.image_transform(train=False)
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         decoded = _ahead(pool, partial(_decoded, images, transform), names)
         while batch := list(islice(decoded, _BATCH)):
             good = [(name, facts, pixels) for name, facts, pixels in batch if pixels is not None]
-            report.faults |= {name: facts["fault"] for name, facts, pixels in batch if pixels is None}
+            faults = {name: facts["fault"] for name, facts, pixels in batch if pixels is None}
+            rows = np.zeros((0, model.cfg.projection_dim), np.float32)
             if good:
                 pixels = torch.stack([pixels for *_, pixels in good]).to(model.device)
-                yield [(name, facts) for name, facts, _ in good], model.encode_image(pixels).cpu().numpy()
+                rows = model.encode_image(pixels).cpu().numpy()
+            yield [(name, facts) for name, facts, _ in good], rows, faults
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Iterator:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import html
 import io
-import os
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,6 +14,7 @@ from fastapi import FastAPI, HTTPException, Response
 from PIL import Image, ImageOps
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from ..data.image_files import stamp
 from ..data.images import open_image
 from ..errors import UserError
 from .explain import explain
@@ -83,12 +83,8 @@ class Pictures:
         if record is None:
             raise HTTPException(404, "not indexed")
         file = self.index.folder / path
-        try:
-            stat = os.stat(file)
-        except OSError as error:
-            raise HTTPException(404, "gone") from error
-        if (stat.st_size, stat.st_mtime_ns) != (record["size"], record["mtime_ns"]):
-            raise HTTPException(404, "changed since it was indexed")
+        if stamp(file) != [record["size"], record["mtime_ns"]]:
+            raise HTTPException(404, "gone, or changed since it was indexed")
         return file
 
     def _thumbnail(self, path: str, side: int) -> bytes:

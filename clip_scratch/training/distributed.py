@@ -15,7 +15,7 @@ import dataclasses
 import datetime
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,8 +44,8 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(cfg: CFG) -> Iterator[CFG]:
-    """Join the processes of torchrun, where it started this one; the settings that all of them share.
+def process_group(cfg: CFG | None = None) -> Iterator[CFG | None]:
+    """Join the processes of torchrun, where it started this one; the settings of a training run that they share.
 
     Processes but the first print nothing. After a restart by torchrun (`--max-restarts`) the run goes on from its last
     checkpoint. Raises UserError for settings that several processes cannot have, or that differ between them.
@@ -59,20 +59,10 @@ def process_group(cfg: CFG) -> Iterator[CFG]:
     store = dist.PrefixStore(f"attempt {restarts}", store)  # it outlives a restart, and so do its addresses
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_TIMEOUT)
     try:
-        settings = dataclasses.asdict(cfg)
-        theirs = from_main(settings)
-        different = [name for name in settings if settings[name] != theirs[name]]
-        if any_process(bool(different)):
-            names = ", ".join(different) or "another process's"
-            raise UserError(f"the processes have different settings ({names}): start all with the same command")
-        if cfg.batch_size % world_size():
-            raise UserError(
-                f"batch_size ({cfg.batch_size}) is not a multiple of the {world_size()} processes: change it"
-            )
-        if cfg.wise_ft:
-            raise UserError("wise_ft is for one process: leave it out, and average afterwards in a run of one")
-        if restarts != "0" and cfg.run_dir and Path(cfg.run_dir, "config.json").is_file():
-            cfg = dataclasses.replace(cfg, resume=cfg.run_dir)
+        if cfg is not None:
+            _check(cfg)
+            if restarts != "0" and cfg.run_dir and Path(cfg.run_dir, "config.json").is_file():
+                cfg = dataclasses.replace(cfg, resume=cfg.run_dir)
         with contextlib.ExitStack() as stack:
             if not is_main():
                 silence = stack.enter_context(open(os.devnull, "w"))
@@ -84,6 +74,35 @@ def process_group(cfg: CFG) -> Iterator[CFG]:
             sys.exit(USER_ERROR)
         raise UserError(f"process {number} of {size}: {error}" if number else str(error)) from error
     dist.destroy_process_group()  # not after an error: the others may wait for this process
+
+
+def _check(cfg: CFG) -> None:
+    """Raise UserError for settings that differ between the processes, or that several cannot have."""
+    settings = dataclasses.asdict(cfg)
+    theirs = from_main(settings)
+    different = [name for name in settings if settings[name] != theirs[name]]
+    if any_process(bool(different)):
+        names = ", ".join(different) or "another process's"
+        raise UserError(f"the processes have different settings ({names}): start all with the same command")
+    if cfg.batch_size % world_size():
+        raise UserError(f"batch_size ({cfg.batch_size}) is not a multiple of the {world_size()} processes: change it")
+    if cfg.wise_ft:
+        raise UserError("wise_ft is for one process: leave it out, and average afterwards in a run of one")
+
+
+def share(items: list, work: Callable[[list], Iterator]) -> Iterator:
+    """What `work` yields for the first process's items, of which each process does a part; in the first process."""
+    if world_size() == 1:
+        yield from work(items)
+        return
+    own = work(from_main(items)[rank() :: world_size()])
+    while True:
+        found = [None] * world_size() if is_main() else None
+        item = next(own, None)
+        dist.gather_object(item, found)
+        if not any_process(item is not None):
+            return
+        yield from (other for other in found or () if other is not None)
 
 
 def from_main(value):
