@@ -112,9 +112,9 @@ def test_all_processes_embed_into_one_index(scene_run, tmp_path):
     names = [Path(shutil.copy(path, images)).name for path in scenes]
     (images / "bad.png").write_bytes(b"x")
     captions = pd.DataFrame({"image": names, "caption": names, "split": "train"})
-    write_shards(captions, images, tmp_path / "shards", 20)
+    write_shards(captions, images, tmp_path / "tars", 20)
     run = str(scene_run.folder.resolve())
-    for place, folder in ((images, "one"), (images, "two"), (f"{tmp_path}/shards/train/*.tar", "shards")):
+    for place, folder in ((images, "one"), (images, "two"), (f"{tmp_path}/tars/train/*.tar", "shards")):
         words = ["-m", "clip_scratch.search", "index", run, str(place), "--index", folder, "--device", "cpu"]
         done = torchrun(1 if folder == "one" else 2, *words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
