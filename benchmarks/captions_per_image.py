@@ -21,7 +21,7 @@ from clip_scratch.models.build import build_model
 from clip_scratch.presets import PRESETS
 from clip_scratch.training.cached_features import cache_features
 from clip_scratch.training.engine import train_epoch, valid_epoch
-from clip_scratch.training.optimizer import build_average, build_optimizer
+from clip_scratch.training.optimizer import WeightAverage, build_optimizer
 
 WARMUP = 15  # steps
 
@@ -47,7 +47,7 @@ def curve(table, cfg, seconds: float) -> list[dict[str, float]]:
     )
     optimizer = build_optimizer(model, cfg)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    average = build_average(model, cfg)
+    average = WeightAverage(model, cfg.ema)
     points, done = [], []
     while not points or points[-1]["seconds"] < seconds:
         epoch = len(points)

@@ -116,6 +116,7 @@ class CFG(metaclass=_Settings):
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the best available
     precision: str = "auto"  # fp32, bf16, fp16, or one for each tower as in fp32/bf16 (image/text); auto: each tower's fastest, measured in runs of 200 steps or more
     channels_last: bool = True  # memory format of the image tower; precision auto measures it too
+    sync_batch_norm: bool = False  # batch norm takes its statistics from the images of all processes (GPUs, torchrun)
     compile: bool = False  # torch.compile both towers
     cached_views: int = 0  # augmented views to cache per image where a tower is frozen; its features are then computed once; 0: no feature cache
     num_workers: int = 0  # processes that decode images where there is no image cache; 0: decode in the training process

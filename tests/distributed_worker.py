@@ -13,17 +13,19 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.models.clip import CLIPModel
 from clip_scratch.retrieval.embed import embed_batches
 from clip_scratch.training import distributed
+from clip_scratch.training.cached_features import cache_features
 from clip_scratch.training.engine import train_epoch
 from clip_scratch.training.optimizer import WeightAverage, build_optimizer
 
-CASES = [(loss, micro) for loss in ("infonce", "sigmoid") for micro in (0, 2)]
+CASES = [(loss, micro, False) for loss in ("infonce", "sigmoid") for micro in (0, 2)] + [("infonce", 0, True)]
 
 
-def ten_steps(cfg, table, tokenizer, loss, micro):
-    """The losses and the weights after ten steps, and the gathered embeddings."""
+def ten_steps(cfg, table, tokenizer, loss, micro, cached):
+    """The losses and the weights after ten steps, and the gathered embeddings; `cached`: of frozen towers."""
     cfg = dataclasses.replace(
         cfg, loss=loss, micro_batch_size=micro, batch_size=8, captions_per_image=0, freeze_batch_norm=True, ema=0.5,
-        precision="fp32",
+        precision="fp32", cached_views=int(cached),
+        **dict.fromkeys(("image_freeze", "text_freeze"), "backbone" if cached else "none"),
     )  # fmt: skip
     torch.manual_seed(0)
     model = CLIPModel(cfg, tokenizer).double()
@@ -36,6 +38,7 @@ def ten_steps(cfg, table, tokenizer, loss, micro):
     processes = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     loader = build_loaders(table[table["split"] == "train"], tokenizer, "train", cfg, **processes)
     valid = build_loaders(table[table["split"] == "valid"], tokenizer, "valid", cfg, **processes)
+    loader, valid = (cache_features(model, one, cfg) for one in (loader, valid))
     optimizer, average, losses = build_optimizer(model, cfg), WeightAverage(model, 0.5), []
     for _ in range(5):  # two steps an epoch
         train_epoch(model, loader, optimizer, cfg, average=average, on_step=lambda steps: losses.append(steps.loss_sum))

@@ -1,5 +1,6 @@
 """Several processes on one machine: the losses and weights of one, whole runs, resumes, and what goes wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -36,8 +37,9 @@ def torchrun(processes, *words, cwd, restarts=0):
 @pytest.mark.slow
 def test_the_same_losses_and_weights_as_one_process(tiny_cfg, tiny_data, tiny_tokenizer, tmp_path):
     """Of 1, 2 and 4 processes after ten steps, in float64; several captions an image, unequal ones a process."""
-    torch.save((tiny_cfg, tiny_data.table, tiny_tokenizer), tmp_path / "inputs.pt")
-    one = [ten_steps(tiny_cfg, tiny_data.table, tiny_tokenizer, *case) for case in CASES]
+    cfg = dataclasses.replace(tiny_cfg, cache_path=str(tmp_path / "cache"))
+    torch.save((cfg, tiny_data.table, tiny_tokenizer), tmp_path / "inputs.pt")
+    one = [ten_steps(cfg, tiny_data.table, tiny_tokenizer, *case) for case in CASES]
     for processes in (2, 4):
         done = torchrun(processes, str(ROOT / "tests/distributed_worker.py"), str(tmp_path), cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -226,6 +226,7 @@ class Loader(DataLoader):
     """
 
     def __init__(self, data: CaptionedImages, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1):
+        self.processes = rank, world_size
         self.batches = EpochBatches(len(data), batch_size, data.seed, rank, world_size, data.shard_of)
         super().__init__(
             data,

@@ -57,7 +57,7 @@ def cache_features(model: DualEncoder, loader: Loader, cfg: CFG) -> Loader:
         for tower in frozen:
             setattr(data, f"{tower}_features", _features(model, tower, data, cfg))
     model.train(was_training)
-    return Loader(data, cfg.batch_size, cfg.num_workers)
+    return Loader(data, cfg.batch_size, cfg.num_workers, *loader.processes)
 
 
 def _is_frozen(model: DualEncoder, tower: str) -> bool:

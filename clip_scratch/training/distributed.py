@@ -170,6 +170,15 @@ def same_weights(model: nn.Module) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
+def sync_batch_norm(model: nn.Module) -> None:
+    """Let the batch norms of a model take their statistics from all processes. Raises UserError without a GPU."""
+    from timm.layers import convert_sync_batchnorm  # which keeps the activations in timm's own batch norms
+
+    if model.device.type != "cuda":
+        raise UserError("sync_batch_norm needs GPUs: leave it out, or fix the statistics with --freeze-batch-norm")
+    convert_sync_batchnorm(model)
+
+
 def own_randomness(seed: int, step: int) -> None:
     """From here on each process draws its own dropout masks."""
     if world_size() > 1:

@@ -20,7 +20,15 @@ from ..retrieval.embed import embed_batches
 from .autotune import MIN_STEPS, choose_precision
 from .budget import EPOCH_OVERHEAD, measure_pace, planned_steps, steps_per_epoch, steps_within
 from .cached_features import cache_features
-from .distributed import from_main, gather_embeddings, own_randomness, rank, same_weights, world_size
+from .distributed import (
+    from_main,
+    gather_embeddings,
+    own_randomness,
+    rank,
+    same_weights,
+    sync_batch_norm,
+    world_size,
+)
 from .report import Report
 from .run import Run
 from .state import TrainState, seed_everything
@@ -33,6 +41,8 @@ def begin(
     """A new run: its state and its two loaders. The folder is made when everything that can be refused has been."""
     seed_everything(run.cfg.seed)
     model = build_model(source.cfg, source.split("train")["caption"].tolist()).to(device)
+    if source.cfg.sync_batch_norm:
+        sync_batch_norm(model)
     train_loader, valid_loader = _loaders(model, source, report)
     model.cfg = cfg = from_main(_settle_precision(model, train_loader))
     model.apply_memory_format()
@@ -73,6 +83,8 @@ def resume(
 ) -> tuple[TrainState, Loader, Loader]:
     """An interrupted run where it was: its state and its two loaders."""
     model = run.resumed_model().to(device)
+    if model.cfg.sync_batch_norm:
+        sync_batch_norm(model)
     train_loader, valid_loader = _loaders(model, source, report)
     if model.cfg.compile:
         model.compile_towers()
