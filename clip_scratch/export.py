@@ -1,78 +1,126 @@
-"""Write a run's model for others: `python -m clip_scratch.export RUN FOLDER`, an ordinary transformers folder."""
+"""Write a run's model for others: `python -m clip_scratch.export RUN FOLDER [--format onnx]`."""
+
+from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from .errors import UserError, run_command
 
+if TYPE_CHECKING:
+    from .config import CFG
+    from .data.loaders import Loader
+    from .data.source import DataSource
+    from .models.clip import DualEncoder
+
 _FIT_IMAGES = 3000  # training images, at most, that the image head's bias is fitted to
 
 
 def export(
-    run: str | Path, folder: str | Path, captions_path: str = "", image_path: str = "", device: str = "cpu"
-) -> dict[str, object]:
+    run: str | Path, folder: str | Path, captions_path: str = "", image_path: str = "", device: str = "cpu",
+    format: Literal["transformers", "onnx"] = "transformers", int8: bool = False, max_loss: float = 1.0,
+) -> dict[str, object]:  # fmt: skip
     """Write the best model of a run to `folder`, which must not exist or be empty, and measure both.
 
-    AutoModel, AutoTokenizer and AutoImageProcessor load it without clip_scratch and without a network. Returns, of the
-    validation split in fp32, the recalls of the "run" and of the "folder" as read back, `n_images`, `n_captions`, and
-    the cosines between the embeddings of both, "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a
-    model that transformers' classes cannot express, and for captions other than those that the run was trained on.
+    transformers: AutoModel, AutoTokenizer and AutoImageProcessor load it without clip_scratch and without a network.
+    onnx: two networks for onnxruntime, in fp32 or `int8`, and a run.py. Returns, of the validation split in fp32, the
+    recalls of the "run" and of the "folder" as read back, `n_images`, `n_captions`, and the cosines between the
+    embeddings of both, "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a model that the format
+    cannot express, for captions other than those that the run was trained on, and where int8 costs more than `max_loss`
+    points of R@1.
     """
-    from .data.captions import fingerprint_of
     from .data.loaders import build_loaders
-    from .data.source import open_data
     from .evaluation.retrieval import recall_at_k
-    from .exporting.transformers_folder import check_exportable, read_transformers_folder, write_transformers_folder
+    from .exporting.transformers_folder import check_exportable
     from .files import new_folder
-    from .models.saved import best_folder, load
+    from .models.saved import load
     from .retrieval.embed import embed_batches
-    from .training.run import STATE, load_tree
 
+    if int8 and format != "onnx":
+        raise UserError("int8 is for --format onnx")
     model = load(run, device)
-    check_exportable(model)
+    if format == "transformers":
+        check_exportable(model)
     folder = Path(folder).expanduser().absolute()
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already. Name a new or empty folder to export to")
     where = {"image_path": image_path or model.cfg.image_path}
     if captions_path:
         where = {"captions_path": captions_path, "image_path": image_path}
-    source = open_data(dataclasses.replace(model.cfg, precision="fp32", **where))
-    train, valid = source.split("train"), source.split("valid")
-    last = best_folder(run).absolute().parent / "last" / STATE
-    if last.is_file() and load_tree(last)["fingerprint"] != fingerprint_of(train) + fingerprint_of(valid):
-        raise UserError(
-            f"{source.name} is not what {run} was trained on, so that its validation images may be training images. "
-            "Set --captions-path to the captions of that time"
-        )
-    model.cfg = cfg = dataclasses.replace(source.cfg, image_cache=False)  # each image is read once
-    train = train.drop_duplicates("image_id")
+    source = _trained_on(run, dataclasses.replace(model.cfg, precision="fp32", **where))
+    train, valid = source.split("train").drop_duplicates("image_id"), source.split("valid")
     train = train.iloc[:: -(-len(train) // _FIT_IMAGES)]
+    model.cfg = cfg = dataclasses.replace(source.cfg, image_cache=False)  # each image is read once
     try:
         with new_folder(folder) as temporary:
-            write_transformers_folder(model, temporary, build_loaders(train, model.tokenizer, "valid", cfg))
-            written = read_transformers_folder(temporary, cfg.max_length).to(model.device)
+            written = _write(format, model, temporary, build_loaders(train, model.tokenizer, "valid", cfg), int8)
             images, texts, own = embed_batches(model, build_loaders(valid, model.tokenizer, "valid", cfg))
             after = embed_batches(written, build_loaders(valid, written.tokenizer, "valid", cfg))
+            recalls = {"run": recall_at_k(images, texts, own), "folder": recall_at_k(*after)}
+            _check_loss(recalls, max_loss if int8 else 100)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error}. Name another folder to export to") from error
-    recalls = {"run": recall_at_k(images, texts, own), "folder": recall_at_k(*after)}
     cosines = {"image_cosines": (images * after[0]).sum(1), "text_cosines": (texts * after[1]).sum(1)}
     return {**recalls, **cosines, "n_images": len(images), "n_captions": len(texts)}
 
 
+def _trained_on(run: str | Path, cfg: CFG) -> DataSource:
+    """The data of `cfg`. Raises UserError where the run was trained on another."""
+    from .data.captions import fingerprint_of
+    from .data.source import open_data
+    from .models.saved import best_folder
+    from .training.run import STATE, load_tree
+
+    source = open_data(cfg)
+    last = best_folder(run).absolute().parent / "last" / STATE
+    fingerprint = fingerprint_of(source.split("train")) + fingerprint_of(source.split("valid"))
+    if last.is_file() and load_tree(last)["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{source.name} is not what {run} was trained on, so that its validation images may be training images. "
+            "Set --captions-path to the captions of that time"
+        )
+    return source
+
+
+def _write(format: str, model: DualEncoder, folder: Path, batches: Loader, int8: bool):
+    """Write a folder, and read it back for `embed_batches`."""
+    from .exporting import onnx, transformers_folder
+
+    if format == "onnx":
+        onnx.write_onnx_folder(model, folder, batches, int8)
+        return onnx.OnnxTowers(folder, model.tokenizer)
+    transformers_folder.write_transformers_folder(model, folder, batches)
+    return transformers_folder.read_transformers_folder(folder, model.cfg.max_length).to(model.device)
+
+
+def _check_loss(recalls: dict[str, dict[str, float]], most: float) -> None:
+    for way in ("text", "image"):
+        before, after = (100 * recalls[of][f"{way}_retrieval_recall@1"] for of in ("run", "folder"))
+        if before - after > most:
+            raise UserError(
+                f"int8 lowers the R@1 of {way} retrieval from {before:.1f} to {after:.1f}: leave it out, or "
+                f"accept that with --max-loss {math.ceil(before - after)}"
+            )
+
+
 @dataclass
 class Arguments:
-    """Write a run's best model as a transformers folder, which loads without clip_scratch, and compare the two."""
+    """Write a run's best model so that it runs without clip_scratch, and compare the two."""
 
     run: Positional[str]  # run folder, or its best/
     folder: Positional[str]  # folder to write, new or empty
     captions_path: str = ""  # the run's captions file, if it has moved
     image_path: str = ""  # the folder of its images, if it has moved
     device: str = "auto"  # cpu, cuda, ...; auto: the best available
+    format: Literal["transformers", "onnx"] = "transformers"  # for AutoModel, or for onnxruntime
+    int8: bool = False  # quantise the ONNX networks
+    max_loss: float = 1.0  # points of R@1 that int8 may cost
 
 
 def main(arguments: Arguments) -> None:
