@@ -19,21 +19,22 @@ if TYPE_CHECKING:
     from .data.source import DataSource
     from .models.clip import DualEncoder
 
+Format = Literal["transformers", "sentence-transformers", "onnx"]
 _FIT_IMAGES = 3000  # training images, at most, that the image head's bias is fitted to
 
 
 def export(
     run: str | Path, folder: str | Path, captions_path: str = "", image_path: str = "", device: str = "cpu",
-    format: Literal["transformers", "onnx"] = "transformers", int8: bool = False, max_loss: float = 1.0,
+    format: Format = "transformers", int8: bool = False, max_loss: float = 1.0,
 ) -> dict[str, object]:  # fmt: skip
     """Write the best model of a run to `folder`, which must not exist or be empty, and measure both.
 
     transformers: AutoModel, AutoTokenizer and AutoImageProcessor load it without clip_scratch and without a network.
-    onnx: two networks for onnxruntime, in fp32 or `int8`, and a run.py. Returns, of the validation split in fp32, the
-    recalls of the "run" and of the "folder" as read back, `n_images`, `n_captions`, and the cosines between the
-    embeddings of both, "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a model that the format
-    cannot express, for captions other than those that the run was trained on, and where int8 costs more than `max_loss`
-    points of R@1.
+    sentence-transformers: SentenceTransformer(folder).encode takes images and sentences. onnx: two networks for
+    onnxruntime, in fp32 or `int8`, and a run.py. Returns, of the validation split in fp32, the recalls of the "run" and
+    of the "folder" as read back, `n_images`, `n_captions`, and the cosines between the embeddings of both,
+    "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a model that the format cannot express, for
+    captions other than those that the run was trained on, and where int8 costs more than `max_loss` points of R@1.
     """
     from .data.loaders import build_loaders
     from .evaluation.retrieval import recall_at_k
@@ -90,11 +91,14 @@ def _trained_on(run: str | Path, cfg: CFG) -> DataSource:
 
 def _write(format: str, model: DualEncoder, folder: Path, batches: Loader, int8: bool):
     """Write a folder, and read it back for `embed_batches`."""
-    from .exporting import onnx, transformers_folder
+    from .exporting import onnx, sentence_transformers_folder, transformers_folder
 
     if format == "onnx":
         onnx.write_onnx_folder(model, folder, batches, int8)
         return onnx.OnnxTowers(folder, model.tokenizer)
+    if format == "sentence-transformers":
+        sentence_transformers_folder.write_sentence_transformers_folder(model, folder)
+        return sentence_transformers_folder.SentenceTransformerTowers(folder, model)
     transformers_folder.write_transformers_folder(model, folder, batches)
     return transformers_folder.read_transformers_folder(folder, model.cfg.max_length).to(model.device)
 
@@ -118,7 +122,7 @@ class Arguments:
     captions_path: str = ""  # the run's captions file, if it has moved
     image_path: str = ""  # the folder of its images, if it has moved
     device: str = "auto"  # cpu, cuda, ...; auto: the best available
-    format: Literal["transformers", "onnx"] = "transformers"  # for AutoModel, or for onnxruntime
+    format: Format = "transformers"  # for AutoModel, SentenceTransformer, or onnxruntime
     int8: bool = False  # quantise the ONNX networks
     max_loss: float = 1.0  # points of R@1 that int8 may cost
 

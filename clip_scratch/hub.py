@@ -38,7 +38,8 @@ def local_path(name: str, setting: str) -> Path | None:
             return None
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         raise UserError(f"{setting}: there is no {path}")
-    return path
+    inner = path / "0_CLIPModel"  # where sentence-transformers keeps the transformers folder
+    return inner if os.path.isdir(inner) else path
 
 
 def is_function(name: str) -> bool:

@@ -22,7 +22,7 @@ from torch import nn
 from ..models.clip import CLIPModel
 
 if TYPE_CHECKING:
-    from transformers import BertModel, VisionTextDualEncoderModel
+    from transformers import BertModel, TimmWrapperConfig, VisionTextDualEncoderModel
 
 _MEAN_SCALE = 1000.0  # of the mean of the tokens relative to the token that BERT's residual connection adds to it
 _NEARLY_LINEAR = (
@@ -50,16 +50,23 @@ def to_dual_encoder(model: CLIPModel, features: torch.Tensor) -> VisionTextDualE
     return dual.float().eval()
 
 
-def _random_dual_encoder(model: CLIPModel) -> VisionTextDualEncoderModel:
-    """The stock classes in the model's sizes; for mean pooling with another text layer, which takes the mean."""
-    from transformers import BertConfig, TimmWrapperConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+def timm_config(model: CLIPModel) -> TimmWrapperConfig:
+    """The image tower as transformers describes it."""
+    from transformers import TimmWrapperConfig
 
     cfg, tower = model.cfg, model.image_encoder.model
     # As ImageEncoder builds it: some families, ViT among them, fix their size when they are built
     sized = {"img_size": cfg.size} if cfg.size and tower.default_cfg.get("fixed_input_size") else None
-    vision = TimmWrapperConfig(
+    return TimmWrapperConfig(
         architecture=cfg.model_name, model_args=sized, hidden_size=model.image_encoder.out_dim, num_labels=0
     )
+
+
+def _random_dual_encoder(model: CLIPModel) -> VisionTextDualEncoderModel:
+    """The stock classes in the model's sizes; for mean pooling with another text layer, which takes the mean."""
+    from transformers import BertConfig, VisionTextDualEncoderConfig, VisionTextDualEncoderModel
+
+    cfg, vision = model.cfg, timm_config(model)
     settings = model.text_encoder.model.config.to_dict()
     settings.pop("_name_or_path", None)  # a path of this machine
     settings["num_hidden_layers"] += cfg.text_pooling == "mean"
