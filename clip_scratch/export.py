@@ -113,18 +113,35 @@ def _check_loss(recalls: dict[str, dict[str, float]], most: float) -> None:
             )
 
 
+def push_to_hub(arguments: Arguments) -> str:
+    """Measure a run, and upload its best model with a card; the address. Raises UserError."""
+    from .evaluation.comparison import compare
+    from .exporting.hub_model import model_card, push
+    from .models.saved import best_folder, run_config
+
+    where = arguments.captions_path, arguments.image_path
+    text = compare([arguments.run], "valid", *where, arguments.device).text().splitlines()
+    best = best_folder(arguments.run)
+    cfg = run_config(best)
+    name = Path(cfg.captions_path).name or f"{cfg.n_scenes:,} of the package's drawn scenes"
+    table = "\n".join([text[0], "", *(line for line in text if line.startswith("|"))])
+    return push(best, arguments.push_to_hub, model_card(arguments.push_to_hub, cfg, name, table, arguments.licence))
+
+
 @dataclass
 class Arguments:
     """Write a run's best model so that it runs without clip_scratch, and compare the two."""
 
     run: Positional[str]  # run folder, or its best/
-    folder: Positional[str]  # folder to write, new or empty
+    folder: Positional[str] = ""  # folder to write, new or empty
     captions_path: str = ""  # the run's captions file, if it has moved
     image_path: str = ""  # the folder of its images, if it has moved
     device: str = "auto"  # cpu, cuda, ...; auto: the best available
     format: Format = "transformers"  # for AutoModel, SentenceTransformer, or onnxruntime
     int8: bool = False  # quantise the ONNX networks
     max_loss: float = 1.0  # points of R@1 that int8 may cost
+    push_to_hub: str = ""  # upload the run to a hub instead, as USER/NAME, for load("hub:USER/NAME")
+    licence: str = ""  # of the data, for the model's card
 
 
 def main(arguments: Arguments) -> None:
@@ -132,7 +149,13 @@ def main(arguments: Arguments) -> None:
     from .device import keep_freed_memory
 
     keep_freed_memory()
-    result = export(**vars(arguments))
+    options = {name: value for name, value in vars(arguments).items() if name not in ("push_to_hub", "licence")}
+    if bool(arguments.folder) == bool(arguments.push_to_hub):
+        raise UserError("name a folder to write, or --push-to-hub USER/NAME")
+    if arguments.push_to_hub:
+        print(f"uploaded: {push_to_hub(arguments)}")
+        return
+    result = export(**options)
     print(f"valid: {result['n_images']:,} images, {result['n_captions']:,} captions, in fp32")
     print(f"{'':<8}{'image to text R@1':>20}{'text to image R@1':>20}{'rsum':>8}")
     for name in ("run", "folder"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-PACKAGE = "package:"
+PACKAGE, HUB = "package:", "hub:"
 # Published BERT sizes (Turc et al. 2019, https://arxiv.org/abs/1908.08962): layers, hidden size
 SMALL_BERTS = {"bert-tiny": (2, 128), "bert-mini": (4, 256), "bert-small": (4, 512), "bert-medium": (8, 512)}
 _TIMEOUT = 5.0  # seconds that the hub has to answer
@@ -81,6 +81,21 @@ def hub_name(name: str) -> str:
         return name
     layers, hidden = SMALL_BERTS[name]
     return f"google/bert_uncased_L-{layers}_H-{hidden}_A-{hidden // 64}"
+
+
+def hub_snapshot(name: str) -> Path:
+    """The folder of a model of ours on the hub, downloaded where it is not cached. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    with hub_access(f"the model {name!r}", "A model on the hub is named hub:USER/NAME"):
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+
+
+def hub_cache() -> Path:
+    """Where models from the hub are kept."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 @functools.cache

@@ -23,12 +23,13 @@ from ..config import CFG
 from ..device import pick_device
 from ..errors import UserError
 from ..files import write_atomically, write_json
-from ..hub import is_function
+from ..hub import HUB, hub_cache, hub_snapshot, is_function
 from .build import model_class
 from .clip import DualEncoder
 from .freezing import merged_state
 
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
+RELEASED = Path(__file__).parents[1] / "released"  # models that come with the package
 
 
 def git_commit() -> str:
@@ -73,8 +74,16 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
 
 
 def best_folder(run: str | Path) -> Path:
-    """The `best/` of a run that is named by its folder or by `best/` itself."""
-    return Path(run, "best") if os.path.isdir(Path(run, "best")) else Path(run)
+    """The `best/` of a run that is named by its folder or by `best/` itself; `hub:USER/NAME` is downloaded.
+
+    A name such as "scenes-tiny", where there is no such folder, is that of a model that comes with the package. Raises
+    UserError where the hub does not have it.
+    """
+    if str(run).startswith(HUB):
+        return hub_snapshot(str(run).removeprefix(HUB))
+    if os.path.isdir(Path(run, "best")):
+        return Path(run, "best")
+    return RELEASED / run if not os.path.exists(run) and (RELEASED / run).is_dir() else Path(run)
 
 
 def run_config(folder: str | Path) -> CFG:
@@ -120,6 +129,8 @@ def _refuse_code_in(best: Path, cfg: CFG) -> None:
     """Raise UserError where an encoder's module lies in the run folder, whose author may be somebody else."""
     run = best.resolve().parent if best.resolve().name == "best" else best.resolve()
     for name in filter(is_function, (cfg.model_name, cfg.text_encoder_model)):
+        if best.is_relative_to(hub_cache()):
+            raise UserError(f"{best / SETTINGS}: {name} would run code that a model from a hub names: refused")
         file = Path(*name.partition(":")[0].split("."))
         if any(Path(entry, file).resolve().is_relative_to(run) for entry in sys.path):
             message = f"no code is imported from a run folder. Put the module of {name} elsewhere"

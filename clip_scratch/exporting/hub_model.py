@@ -1,0 +1,83 @@
+"""A run's best model on a hub: its files, and a card that says what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..config import CFG
+from ..hub import hub_access
+from ..models.saved import git_commit
+
+_LOCAL = ("captions_path", "valid_captions_path", "test_captions_path", "image_path", "cache_path", "run_dir", "resume")
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def push(best: Path, name: str, card: str) -> str:
+    """Upload a `best/` folder and its card in one commit to the model `name`, which is made; returns the address.
+
+    Raises UserError where the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    settings = json.loads((best / "config.json").read_text())
+    public = {key: "" if key in _LOCAL else value for key, value in settings.items()}
+    contents = {"config.json": json.dumps(public, indent=2).encode(), "README.md": card.encode()}
+    files = {file.name: file for pattern in _FILES for file in sorted(best.glob(pattern))}
+    operations = [CommitOperationAdd(path, content) for path, content in (files | contents).items()]
+    with hub_access(f"permission to write {name!r}", "Log in with `hf auth login`, and name it USER/NAME"):
+        api = HfApi()
+        url = api.create_repo(name, exist_ok=True)
+        api.create_commit(name, operations, commit_message="clip_scratch model")
+    return str(url)
+
+
+def model_card(name: str, cfg: CFG, data: str, table: str, licence: str) -> str:
+    """The README.md of a model: what it was trained on is `data`, what was measured on its validation split `table`."""
+    changed = {key: value for key, value in vars(cfg).items() if value != getattr(CFG, key) and key not in _LOCAL}
+    settings = "\n".join(f"{key}: {value}" for key, value in changed.items())
+    title = name.rpartition("/")[2]
+    return f"""---
+library_name: clip_scratch
+pipeline_tag: zero-shot-image-classification
+tags: [clip, image-text-retrieval]
+license: {licence or "other"}
+---
+
+# {title}
+
+A dual encoder of images and sentences: {cfg.model_name} and {cfg.text_encoder_model}, {cfg.projection_dim} dimensions.
+
+```python
+from clip_scratch import load
+from clip_scratch.retrieval.embed import encode_image, encode_text
+
+model = load("hub:{name}")
+cosines = encode_image(model, ["photo.jpg"]) @ encode_text(model, ["a dog", "a cat"]).T
+```
+
+## Data
+
+{data} {"Licence: " + licence + "." if licence else "Its licence was not stated."}
+
+## Measured
+
+On the validation split, which training chose the best epoch by, so that the figures are a little optimistic. One row an
+image, its captions as a set, ties count against the model (the protocol of clip_benchmark); 95 % intervals are of a
+bootstrap over images.
+
+{table}
+
+## Limits
+
+It knows what its captions say and little else; words and scenes outside of them give meaningless scores. It carries the
+biases of its data. Nobody has tested it for anything but retrieval.
+
+## Settings
+
+clip_scratch {git_commit()}; what differs from the defaults:
+
+```text
+{settings}
+```
+"""
