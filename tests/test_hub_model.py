@@ -39,13 +39,22 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             self.answer({"url": f"http://127.0.0.1:{hub.server_port}/me/{json.loads(body)['name']}"})
         elif "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             self.answer({"files": files})
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.decode().splitlines()]
             files = [line["value"] for line in lines if line["key"] == "file"]
             hub.files = {file["path"]: base64.b64decode(file["content"]) for file in files}
-            self.answer({"commitUrl": "http://127.0.0.1/commit", "commitOid": "a" * 40, "hookOutput": ""})
+            self.answer(
+                {
+                    "commitUrl": f"http://127.0.0.1:{hub.server_port}/me/scenes/commit/{40 * chr(97)}",
+                    "commitOid": "a" * 40,
+                    "hookOutput": "",
+                }
+            )
         else:
             self.answer(status=404)
 
