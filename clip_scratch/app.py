@@ -20,7 +20,7 @@ HOST = "127.0.0.1"
 class Arguments:
     """Search an index in the browser, at http://127.0.0.1:PORT."""
 
-    index: Positional[str]  # folder of the index
+    index: Positional[str] = ""  # folder of the index; empty: drawn scenes and the model that comes with the package
     port: int = 7860  # port of the page
     device: str = "auto"  # device for images in queries and for explanations
 
@@ -29,8 +29,8 @@ def main(arguments: Arguments) -> None:
     """Serve the page until Ctrl-C."""
     from .retrieval.index import Index
 
-    index = Index.open(arguments.index, arguments.device)
     _check_port(arguments.port)
+    index = Index.open(arguments.index or _demo(), arguments.device)
     with tempfile.TemporaryDirectory(prefix="clip-scratch-uploads-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         try:
@@ -44,6 +44,18 @@ def main(arguments: Arguments) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the uploads are deleted
         print(f"{len(index):,} images in {index.folder}: http://{HOST}:{arguments.port} (Ctrl-C stops the page)")
         uvicorn.run(page, host=HOST, port=arguments.port, log_level="warning")
+
+
+def _demo() -> str:
+    """An index of 500 drawn scenes that the model `scenes-tiny` has not seen, in the current folder."""
+    from .data.scenes.write import write_scenes
+    from .retrieval.indexing import update_index
+
+    folder = "indexes/scenes-demo"
+    print(f"no index is given: drawing 500 scenes, and indexing them in {folder}")
+    write_scenes("data/scenes-demo", 500, seed=1, exist_ok=True)
+    update_index("scenes-tiny", "data/scenes-demo/Images", folder)
+    return folder
 
 
 def _check_port(port: int) -> None:
