@@ -1,6 +1,7 @@
 """The layout of DESIGN.md, section 2: imports are a chain and light; files and functions stay short."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_files_and_functions_are_short(path):
 def test_public_names_are_nouns_and_there():
     for name in clip_scratch.__all__:
         assert getattr(clip_scratch, name) is not None
-        assert clip_scratch._HOME[name].partition(".")[0] not in VERBS, name
+        assert getattr(getattr(clip_scratch, name), "__module__", "").partition(".")[2].partition(".")[0] not in VERBS
     assert {"CFG", "CLIPModel", "load", "encode_image", "encode_text", "make_train_valid_dfs", "build_loaders",
             "get_image_embeddings", "find_matches", "find_captions", "classify"} <= set(dir(clip_scratch))  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'find_match'"):
@@ -131,3 +132,14 @@ def test_functions_named_like_verbs_stay_functions():
     """Importing the verb `clip_scratch.classify` would put the module in the place of the public function."""
     code = "import clip_scratch; from clip_scratch.classify import main; import clip_scratch.compare"
     loaded_by(f"{code}; from clip_scratch import classify, compare; assert classify.__module__.endswith('zero_shot')")
+
+
+def test_public_names_are_typed():
+    """The type checkers' stub names what the package gives, and every parameter and result is annotated."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    named = [alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(named) == sorted(clip_scratch.__all__) and (PACKAGE / "py.typed").is_file()
+    for function in filter(inspect.isfunction, (getattr(clip_scratch, name) for name in named)):
+        signature = inspect.signature(function)
+        untyped = [name for name, p in signature.parameters.items() if p.annotation is inspect.Parameter.empty]
+        assert not untyped and signature.return_annotation is not inspect.Signature.empty, function

@@ -9,6 +9,7 @@ from ..config import CFG
 from ..hub import hub_access
 from ..models.saved import git_commit
 
+# Settings that are paths of this machine: the card leaves them out, and the settings keep their last part
 _LOCAL = ("captions_path", "valid_captions_path", "test_captions_path", "image_path", "cache_path", "run_dir", "resume")
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -21,7 +22,7 @@ def push(best: Path, name: str, card: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     settings = json.loads((best / "config.json").read_text())
-    public = {key: "" if key in _LOCAL else value for key, value in settings.items()}
+    public = {key: Path(value).name if key in _LOCAL else value for key, value in settings.items()}
     contents = {"config.json": json.dumps(public, indent=2).encode(), "README.md": card.encode()}
     files = {file.name: file for pattern in _FILES for file in sorted(best.glob(pattern))}
     operations = [CommitOperationAdd(path, content) for path, content in (files | contents).items()]

@@ -108,9 +108,13 @@ def _from_scratch(model: CLIPModel, work: Path) -> SentenceTransformer:
     cfg = model.cfg
     for name in ("model_name", "text_encoder_model"):
         if is_function(value := getattr(cfg, name)):
-            raise UserError(f"{name} {value!r}: an encoder of your own cannot be exported to sentence-transformers")
+            raise UserError(
+                f"{name} {value!r}: sentence-transformers has no module for an encoder of your own: use --format onnx"
+            )
     if cfg.head != "linear":
-        raise UserError("head 'mlp' has no module in sentence-transformers. Train with --head linear")
+        raise UserError(
+            "head 'mlp' has no module in sentence-transformers. Train with --head linear, or use --format onnx"
+        )
 
     image = TimmWrapperModel(timm_config(model))
     image.timm_model.load_state_dict(model.image_encoder.model.state_dict())

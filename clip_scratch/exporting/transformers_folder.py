@@ -27,12 +27,20 @@ def check_exportable(model: DualEncoder) -> None:
         return
     for name in ("model_name", "text_encoder_model"):
         if is_function(value := getattr(model.cfg, name)):
-            raise UserError(f"{name} {value!r}: an encoder of your own cannot be exported to transformers")
+            raise UserError(
+                f"{name} {value!r}: transformers has no class for an encoder of your own. Use a tower by its name in "
+                "timm or transformers, or --format onnx"
+            )
     if model.cfg.head != "linear":
-        raise UserError("head 'mlp' cannot be exported: transformers projects linearly. Train with --head linear")
+        raise UserError(
+            "head 'mlp' cannot be exported: transformers projects linearly. Train with --head linear, or export to onnx"
+        )
     architecture = model.text_encoder.model.config.model_type
     if architecture != "bert":  # as bert-mini, bert-base-uncased and MiniLM are
-        raise UserError(f"text_encoder_model: a {architecture} text tower cannot be exported, only one of type bert")
+        raise UserError(
+            f"text_encoder_model: a {architecture} text tower cannot be exported, only one of type bert, such as "
+            "bert-mini; --format sentence-transformers and onnx take others"
+        )
 
 
 def write_transformers_folder(model: DualEncoder, folder: Path, batches: Iterable[Batch]) -> None:
