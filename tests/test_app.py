@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_scratch import Index, app
+from clip_scratch import CFG, Index, app, read_captions
+from clip_scratch.data.scenes.write import write_scenes
 from clip_scratch.errors import UserError
+from clip_scratch.models.saved import best_folder
 from clip_scratch.retrieval.indexing import update_index
 
 pytest.importorskip("gradio")
@@ -236,3 +238,22 @@ def test_the_command(served, number):
         done.send_signal(number)
         assert "Traceback" not in done.stdout.read()
     assert not list(served.root.glob("clip-scratch-uploads-*"))
+
+
+@pytest.mark.slow
+def test_the_model_that_comes_along(tmp_path, monkeypatch):
+    """Without a run or an index: it loads, is small, finds what it has not seen, and is what the page shows."""
+    best = best_folder("scenes-tiny")
+    assert sum(file.stat().st_size for file in best.iterdir()) < 4e6
+    assert "/" not in (best / "config.json").read_text()  # no path of the machine that made it
+    monkeypatch.chdir(tmp_path)
+    cfg = CFG(n_scenes=300, seed=7)
+    write_scenes("data/scenes-300-7", 300, seed=7, progress=False)
+    monkeypatch.setattr("clip_scratch.retrieval.indexing.read_captions", lambda _: read_captions(cfg))
+    index = Index.open(app._demo())
+    assert len(index) == 500
+    captions = read_captions(CFG(captions_path="data/scenes-demo/captions.txt"))
+    firsts = captions.groupby("image").head(1)
+    found = [image == index.search(caption, n=10)[0][0] for image, caption in firsts[["image", "caption"]].values[:100]]
+    assert np.mean(found) > 0.2
+    assert app._demo() == "indexes/scenes-demo"  # again: nothing to do
