@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from ..files import cache_folder, sole_writer, write_atomically
 
 _KEPT = 32  # copies of shards at URLs
+_FORMAT = 1  # of the records
 
 
 def split_member(path: str | Path) -> tuple[str, str] | None:
@@ -66,8 +67,9 @@ def record_of(shard: str) -> Path:
 def _places(shard: str) -> dict[str, tuple[int, int]]:
     """The offset and the size of each file in a shard."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        samples = json.loads(record_of(shard).read_text())["samples"]
-        return {name: (offset, size) for name, offset, size, *_ in samples}
+        kept = json.loads(record_of(shard).read_text())
+        if is_url(shard) or kept["version"] == local_version(shard):
+            return {name: (offset, size) for name, offset, size, *_ in kept["samples"]}
     places = {}
     with contextlib.suppress(tarfile.TarError), open_shard(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -76,17 +78,28 @@ def _places(shard: str) -> dict[str, tuple[int, int]]:
     return places
 
 
+def local_version(shard: str) -> list[int]:
+    """What changes when a local shard does, and the format of its record. Raises OSError."""
+    status = os.stat(shard)
+    return [_FORMAT, status.st_size, status.st_mtime_ns]
+
+
 def open_shard(shard: str):
     """A shard for reading; one at a URL is copied to the cache folder first. Raises OSError."""
     if not is_url(shard):
         return open(shard, "rb")
-    path = cache_folder() / "shards" / f"{_hash(shard)}.tar"
+    path = copy_of(shard)
     while True:
         if not path.is_file():
             _copy(shard, path)
         with contextlib.suppress(FileNotFoundError):  # removed by another process just now
             os.utime(path)
             return open(path, "rb")
+
+
+def copy_of(shard: str) -> Path:
+    """Where the copy of a shard at a URL is kept. Raises OSError where there is no home folder."""
+    return cache_folder() / "shards" / f"{_hash(shard)}.tar"
 
 
 def _copy(shard: str, path: Path) -> None:

@@ -229,7 +229,7 @@ def _tabulate(records: Records, path: Path, columns: Columns) -> pd.DataFrame:
         # Forward slashes and no `./`, so that each image has one name
         name = _text(fields.get(image)).strip().replace("\\", "/")
         name = str(PurePosixPath(name)) if name else ""
-        given = [text for column in captions for text in _captions(fields.get(column))]
+        given = [text for column in captions for text in captions_in(fields.get(column))]
         for text in given or [""]:  # counted with the empty captions
             rows.append((name, text, path.name, row, _text(fields.get(split)), _text(fields.get(label))))
     table = pd.DataFrame(rows, columns=["image", "caption", "file", "row", "split", "label"])
@@ -269,7 +269,7 @@ def _caption_columns(names: list[str], wanted: str) -> list[str]:
     return [name for name in names if re.fullmatch(r"(caption|sentence|text)_?\d+", name.lower())]
 
 
-def _captions(value: object) -> list[str]:
+def captions_in(value: object) -> list[str]:
     """The captions of a field, without empty ones: a string, or a list of strings or of Karpathy's `{"raw": ...}`."""
     values = value if isinstance(value, list) else [value]
     texts = (_text(item.get("raw") if isinstance(item, dict) else item) for item in values)

@@ -28,12 +28,12 @@ import pandas as pd
 
 from ..errors import UserError
 from ..files import cache_folder, sole_writer, write_atomically
-from .image_files import image_source, is_url, open_shard, record_of
+from .image_files import copy_of, image_source, is_url, local_version, open_shard, record_of
 from .images import IMAGE_SUFFIXES, images_below, load_image
+from .readers import captions_in
 
 _LANES = 8  # shards that a batch mixes, where this divides the batch
 _WINDOW = 1000  # neighbours in a shard that are shuffled together
-_FORMAT = 1  # of what is kept about a shard
 
 
 def is_shards(path: str | Path) -> bool:
@@ -187,6 +187,8 @@ def _samples(shard: str) -> tuple[list, str]:
         kept = json.loads(record_of(shard).read_text())
         if kept["version"] == version:
             return kept["samples"], ""
+    if is_url(shard):  # a copy would be of another version
+        copy_of(shard).unlink(missing_ok=True)
     samples, fault = _scan(shard)
     if not fault:
         with contextlib.suppress(OSError):  # without a cache folder the shard is read each time
@@ -234,9 +236,7 @@ def _sample(key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile)
         record = json.loads(content.get(".json", b"{}"))
     record = record if isinstance(record, dict) else {}
     text = content.get(".txt", b"").decode(errors="replace")
-    captions = record.get("captions") or text or record.get("caption")
-    captions = [" ".join(str(c).split()) for c in (captions if isinstance(captions, list) else [captions]) if c]
-    captions = list(filter(None, dict.fromkeys(captions)))
+    captions = list(dict.fromkeys(captions_in(record.get("captions") or text or record.get("caption"))))
     if suffix is None:
         return [key, 0, 0, captions, False]
     decodes = False
@@ -248,12 +248,11 @@ def _sample(key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile)
 
 def _version(shard: str) -> list:
     """What changes when a shard does: its size, and of local ones the time."""
-    if is_url(shard):
-        import fsspec
+    if not is_url(shard):
+        return local_version(shard)
+    import fsspec
 
-        try:
-            return [_FORMAT, fsspec.url_to_fs(shard)[0].size(shard)]
-        except Exception as error:  # each file system has its own errors
-            raise UserError(f"the shard {shard} cannot be reached: {error or type(error).__name__}") from error
-    status = os.stat(shard)
-    return [_FORMAT, status.st_size, status.st_mtime_ns]
+    try:
+        return [fsspec.url_to_fs(shard)[0].size(shard)]
+    except Exception as error:  # each file system has its own errors
+        raise UserError(f"the shard {shard} cannot be reached: {error or type(error).__name__}") from error
