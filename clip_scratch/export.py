@@ -14,18 +14,21 @@ from tyro.conf import Positional
 from .errors import UserError, run_command
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
     from .config import CFG
-    from .data.loaders import Loader
     from .data.source import DataSource
     from .models.clip import DualEncoder
 
 Format = Literal["transformers", "sentence-transformers", "onnx"]
+_CALIBRATION_IMAGES = 256  # training images, at most, whose ranges int8 takes
 _FIT_IMAGES = 3000  # training images, at most, that the image head's bias is fitted to
 
 
 def export(
     run: str | Path, folder: str | Path, captions_path: str = "", image_path: str = "", device: str = "cpu",
-    format: Format = "transformers", int8: bool = False, max_loss: float = 1.0,
+    format: Format = "transformers", int8: bool = False, max_drop: float = 1.0,
 ) -> dict[str, object]:  # fmt: skip
     """Write the best model of a run to `folder`, which must not exist or be empty, and measure both.
 
@@ -34,11 +37,10 @@ def export(
     onnxruntime, in fp32 or `int8`, and a run.py. Returns, of the validation split in fp32, the recalls of the "run" and
     of the "folder" as read back, `n_images`, `n_captions`, and the cosines between the embeddings of both,
     "image_cosines" (N,) and "text_cosines" (C,). Raises UserError for a model that the format cannot express, for
-    captions other than those that the run was trained on, and where int8 costs more than `max_loss` points of R@1.
+    captions other than those that the run was trained on, and where int8 costs more than `max_drop` points of R@1.
     """
     from .data.loaders import build_loaders
     from .evaluation.retrieval import recall_at_k
-    from .exporting.transformers_folder import check_exportable
     from .files import new_folder
     from .models.saved import load
     from .retrieval.embed import embed_batches
@@ -46,8 +48,7 @@ def export(
     if int8 and format != "onnx":
         raise UserError("int8 is for --format onnx")
     model = load(run, device)
-    if format == "transformers":
-        check_exportable(model)
+    _check(format, model)
     folder = Path(folder).expanduser().absolute()
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already. Name a new or empty folder to export to")
@@ -56,15 +57,13 @@ def export(
         where = {"captions_path": captions_path, "image_path": image_path}
     source = _trained_on(run, dataclasses.replace(model.cfg, precision="fp32", **where))
     train, valid = source.split("train").drop_duplicates("image_id"), source.split("valid")
-    train = train.iloc[:: -(-len(train) // _FIT_IMAGES)]
     model.cfg = cfg = dataclasses.replace(source.cfg, image_cache=False)  # each image is read once
     try:
         with new_folder(folder) as temporary:
-            written = _write(format, model, temporary, build_loaders(train, model.tokenizer, "valid", cfg), int8)
+            after = _write(format, model, temporary, train, valid, int8)
             images, texts, own = embed_batches(model, build_loaders(valid, model.tokenizer, "valid", cfg))
-            after = embed_batches(written, build_loaders(valid, written.tokenizer, "valid", cfg))
             recalls = {"run": recall_at_k(images, texts, own), "folder": recall_at_k(*after)}
-            _check_loss(recalls, max_loss if int8 else 100)
+            _check_drop(recalls, max_drop if int8 else 100)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error}. Name another folder to export to") from error
     cosines = {"image_cosines": (images * after[0]).sum(1), "text_cosines": (texts * after[1]).sum(1)}
@@ -89,27 +88,54 @@ def _trained_on(run: str | Path, cfg: CFG) -> DataSource:
     return source
 
 
-def _write(format: str, model: DualEncoder, folder: Path, batches: Loader, int8: bool):
-    """Write a folder, and read it back for `embed_batches`."""
+def _check(format: str, model: DualEncoder) -> None:
+    """Raise UserError where the format's library is missing, or has no class for a part of the model."""
     from .exporting import onnx, sentence_transformers_folder, transformers_folder
 
-    if format == "onnx":
-        onnx.write_onnx_folder(model, folder, batches, int8)
-        return onnx.OnnxTowers(folder, model.tokenizer)
+    checks = {"onnx": onnx.check_onnx, "transformers": transformers_folder.check_exportable}
+    checks["sentence-transformers"] = sentence_transformers_folder.check_sentence_transformers
+    checks[format](model)
+
+
+def _write(
+    format: str, model: DualEncoder, folder: Path, train: pd.DataFrame, valid: pd.DataFrame, int8: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write a folder, and `embed_batches` of the validation split as the folder's own code computes it."""
+    import torch
+
+    from .data.loaders import build_loaders
+    from .exporting import onnx, sentence_transformers_folder, transformers_folder
+    from .retrieval.embed import embed_batches
+
+    cfg = model.cfg
+    if format == "transformers":
+        batches = build_loaders(train.iloc[:: -(-len(train) // _FIT_IMAGES)], model.tokenizer, "valid", cfg)
+        transformers_folder.write_transformers_folder(model, folder, batches)
+        written = transformers_folder.read_transformers_folder(folder, cfg.max_length).to(model.device)
+        return embed_batches(written, build_loaders(valid, written.tokenizer, "valid", cfg))
+    valid = valid.sort_values("image_id", kind="stable")
+    images = [Path(cfg.image_path, name) for name in valid["image"].drop_duplicates()]
+    own = torch.from_numpy(valid["image_id"].factorize()[0])
     if format == "sentence-transformers":
         sentence_transformers_folder.write_sentence_transformers_folder(model, folder)
-        return sentence_transformers_folder.SentenceTransformerTowers(folder, model)
-    transformers_folder.write_transformers_folder(model, folder, batches)
-    return transformers_folder.read_transformers_folder(folder, model.cfg.max_length).to(model.device)
+        embed, device = sentence_transformers_folder.embed_with_sentence_transformers, str(model.device)
+        return *embed(folder, images, valid["caption"].tolist(), device), own
+    onnx.write_onnx_folder(model, folder)
+    if int8:
+        few = train.iloc[:: -(-len(train) // _CALIBRATION_IMAGES)]
+        onnx.quantize_onnx_folder(
+            folder, build_loaders(few, model.tokenizer, "valid", dataclasses.replace(cfg, batch_size=16))
+        )
+    return *onnx.embed_with_onnx_folder(folder, images, valid["caption"].tolist()), own
 
 
-def _check_loss(recalls: dict[str, dict[str, float]], most: float) -> None:
+def _check_drop(recalls: dict[str, dict[str, float]], most: float) -> None:
     for way in ("text", "image"):
         before, after = (100 * recalls[of][f"{way}_retrieval_recall@1"] for of in ("run", "folder"))
         if before - after > most:
             raise UserError(
                 f"int8 lowers the R@1 of {way} retrieval from {before:.1f} to {after:.1f}: leave it out, or "
-                f"accept that with --max-loss {math.ceil(before - after)}"
+                f"accept that with --max-drop {math.ceil(before - after)}"
             )
 
 
@@ -139,7 +165,7 @@ class Arguments:
     device: str = "auto"  # cpu, cuda, ...; auto: the best available
     format: Format = "transformers"  # for AutoModel, SentenceTransformer, or onnxruntime
     int8: bool = False  # quantise the ONNX networks
-    max_loss: float = 1.0  # points of R@1 that int8 may cost
+    max_drop: float = 1.0  # points of R@1 that int8 may cost
     push_to_hub: str = ""  # upload the run to a hub instead, as USER/NAME, for load("hub:USER/NAME")
     licence: str = ""  # of the data, for the model's card
 

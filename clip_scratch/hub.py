@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,8 +39,7 @@ def local_path(name: str, setting: str) -> Path | None:
             return None
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         raise UserError(f"{setting}: there is no {path}")
-    inner = path / "0_CLIPModel"  # where sentence-transformers keeps the transformers folder
-    return inner if os.path.isdir(inner) else path
+    return path
 
 
 def is_function(name: str) -> bool:
@@ -68,11 +68,20 @@ def load_pretrained(auto_class, name: str, setting: str, what: str, remedy: str,
     if path is None:
         with hub_access(f"{what} {hub_name(name)!r}", remedy):
             return auto_class.from_pretrained(hub_name(name), **options)
+    path = _transformers_folder(path)
     try:
         return auto_class.from_pretrained(path, local_files_only=True, **options)
     except Exception as error:  # transformers, safetensors and torch each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{setting}: transformers cannot load {what} {path}: {reason}") from error
+
+
+def _transformers_folder(path: Path) -> Path:
+    """Of a sentence-transformers folder the one with the model and its processors, such as 0_CLIPModel; else `path`."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if not (path / "config.json").is_file():
+            return path / json.loads((path / "modules.json").read_text())[0]["path"]
+    return path
 
 
 def hub_name(name: str) -> str:

@@ -54,11 +54,12 @@ def timm_config(model: CLIPModel) -> TimmWrapperConfig:
     """The image tower as transformers describes it."""
     from transformers import TimmWrapperConfig
 
-    cfg, tower = model.cfg, model.image_encoder.model
+    cfg, tower, width = model.cfg, model.image_encoder.model, model.image_encoder.out_dim
     # As ImageEncoder builds it: some families, ViT among them, fix their size when they are built
     sized = {"img_size": cfg.size} if cfg.size and tower.default_cfg.get("fixed_input_size") else None
+    # sentence-transformers reads num_features
     return TimmWrapperConfig(
-        architecture=cfg.model_name, model_args=sized, hidden_size=model.image_encoder.out_dim, num_labels=0
+        architecture=cfg.model_name, model_args=sized, hidden_size=width, num_features=width, num_labels=0
     )
 
 

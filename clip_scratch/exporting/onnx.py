@@ -1,4 +1,4 @@
-"""The towers of a model as ONNX files, which onnxruntime runs without torch, in fp32 or int8.
+"""The towers of a model as ONNX files, which onnxruntime runs without torch.
 
 Shapes: B images, C captions, L tokens, S pixels a side, P projected dimensions.
 """
@@ -9,14 +9,14 @@ import contextlib
 import copy
 import dataclasses
 import io
-import json
 import logging
+import os
+import runpy
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -25,13 +25,19 @@ from ..data.images import shorter_side
 from ..data.loaders import Batch
 from ..data.tokenizer import tokenize
 from ..errors import UserError
+from ..files import write_json
 from ..models.clip import DualEncoder
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _OPSET = 20
-_CALIBRATION_IMAGES = 256
+
+
+class _ImageTower(nn.Module):
+    def __init__(self, model: DualEncoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_image((pixel_values.float() - self.model.mean) / self.model.std)
 
 
 class _TextTower(nn.Module):
@@ -43,86 +49,56 @@ class _TextTower(nn.Module):
         return self.model.encode_text(input_ids, attention_mask)
 
 
-class _ImageTower(nn.Module):
-    def __init__(self, model: DualEncoder):
-        super().__init__()
-        self.model = model
+def write_onnx_folder(model: DualEncoder, folder: Path) -> None:
+    """Fill a folder that needs no torch: both towers, `tokenizer.json`, `config.json`, and `run.py`, which uses them.
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.encode_image(pixel_values)
-
-
-class OnnxTowers:
-    """A written folder, as `embed_batches` needs it."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase):
-        import onnxruntime
-
-        self.tokenizer = tokenizer
-        self.image, self.text = (onnxruntime.InferenceSession(folder / f"{tower}.onnx") for tower in ("image", "text"))
-
-    def eval(self) -> None:
-        """There is no other mode."""
-
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of a batch's images (B, P) and captions (C, P)."""
-        tokens = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
-        images = self.image.run(None, {"pixel_values": batch["pixel_values"].numpy()})[0]
-        return torch.from_numpy(images), torch.from_numpy(self.text.run(None, tokens)[0])
-
-
-def write_onnx_folder(model: DualEncoder, folder: Path, batches: Iterable[Batch], int8: bool = False) -> None:
-    """Write both towers, tokenizer.json, config.json and run.py, which needs numpy, pillow, onnxruntime and tokenizers.
-
-    `image.onnx` takes `pixel_values`, uint8 (B, 3, S, S), and gives `image_embeddings`, L2-normalised float32 (B, P);
-    `text.onnx` as in `write_text_tower`. With `int8` the image tower is quantised with the ranges that the images of
-    `batches` have in it, the text tower's weights alone. Raises UserError as `write_text_tower` does.
+    `image.onnx` takes `pixel_values`, uint8 (B, 3, S, S), and gives `image_embeddings`, L2-normalised float32 (B, P).
+    For the rest, and what is raised, see `write_text_tower`.
     """
+    cfg = model.cfg
+    example = torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8)
+    path, sizes = folder / "image.onnx", {0: torch.export.Dim("images")}
+    _export(_ImageTower(_in_fp32(model)), (example,), ["pixel_values"], "image_embeddings", sizes, path)
     write_text_tower(model, folder)
-    cfg, path = model.cfg, folder / "image.onnx"
-    pixels = torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8)
-    sizes = {0: torch.export.Dim("images")}
-    _export(_ImageTower(_in_fp32(model)), (pixels,), ["pixel_values"], "image_embeddings", sizes, path)
-    # "area" averages as BOX does where an image is made smaller, which is the rule
-    resample = {"bilinear": "BILINEAR", "bicubic": "BICUBIC", "area": "BOX"}[cfg.interpolation]
-    facts = {"size": cfg.size, "shorter_side": shorter_side(cfg), "resample": resample, "dim": cfg.projection_dim}
-    bias = None if model.logit_bias is None else model.logit_bias.item()
-    facts |= {"logit_scale": model.logit_scale.item(), "logit_bias": bias, "int8": int8}
-    facts |= {"image_tower": cfg.model_name, "text_tower": cfg.text_encoder_model}
-    (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
-    shutil.copy(Path(__file__).with_name("run_onnx.py"), folder / "run.py")
-    if int8:
-        _quantize(folder, batches)
+    names = [cfg.model_name] if cfg.backend == "hf_clip" else [cfg.model_name, cfg.text_encoder_model]
+    settings = {
+        "names": [os.path.basename(name) if os.path.isabs(name) else name for name in names],  # no path of this machine
+        "size": cfg.size,
+        "shorter_side": shorter_side(cfg),  # in pixels, before the centre is cropped; 0: stretched to the square
+        "interpolation": cfg.interpolation,
+        "max_length": min(cfg.max_length, model.tokenizer.model_max_length),
+        "logit_scale": model.logit_scale.item(),
+        "logit_bias": None if model.logit_bias is None else model.logit_bias.item(),
+    }
+    write_json(folder / "config.json", settings)
+    shutil.copyfile(Path(__file__).with_name("onnx_run.py"), folder / "run.py")
 
 
-def _quantize(folder: Path, batches: Iterable[Batch]) -> None:
-    """Put int8 files in the places of the fp32 ones."""
-    from onnxruntime import quantization as q
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+def quantize_onnx_folder(folder: Path, batches: Iterable[Batch]) -> None:
+    """Replace both networks of a folder by int8 ones, by onnxruntime.
 
-    class Images(q.CalibrationDataReader):
-        def __init__(self) -> None:
-            images = torch.cat([batch["pixel_values"] for batch in islice(batches, 16)])[:_CALIBRATION_IMAGES]
-            size = min(16, len(images))
-            self.batches = iter(images[: len(images) // size * size].split(size))  # all of one size
+    The image tower has the ranges of activations that the images of `batches` reach, averaged over batches: outliers
+    then cost the others less. The text tower chooses the ranges of its activations as it runs.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
-        def get_next(self) -> dict | None:
-            pixels = next(self.batches, None)
-            return None if pixels is None else {"pixel_values": pixels.numpy()}
-
-    ready, done = folder / "ready.onnx", folder / "int8.onnx"
+    pixels = ({"pixel_values": batch["pixel_values"].contiguous().numpy()} for batch in batches)
+    reader = SimpleNamespace(get_next=lambda: next(pixels, None))
+    image, text = folder / "image.onnx", folder / "text.onnx"
     with _quiet():
-        for tower in ("image", "text"):
-            quant_pre_process(folder / f"{tower}.onnx", ready, skip_symbolic_shape=True)
-            if tower == "image":
-                # Of EfficientNet-lite0 the mean cosine to fp32 is 0.998; with Clip and Add left in fp32 0.987
-                q.quantize_static(ready, done, Images(), per_channel=True, activation_type=q.QuantType.QUInt8)
-            else:
-                q.quantize_dynamic(ready, done, per_channel=True)
-            done.replace(folder / f"{tower}.onnx")
-            ready.unlink()
+        quantize_static(
+            image, image, reader, per_channel=True, activation_type=QuantType.QUInt8,
+            extra_options={"CalibMovingAverage": True},
+        )  # fmt: skip
+        quantize_dynamic(text, text, per_channel=True)
+
+
+def embed_with_onnx_folder(
+    folder: Path, images: Sequence[Path], captions: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of image files (N, P) and captions (C, P) by the folder's own run.py."""
+    script = runpy.run_path(str(folder / "run.py"))
+    return torch.from_numpy(script["embed_images"](images)), torch.from_numpy(script["embed_texts"](captions))
 
 
 def write_text_tower(model: DualEncoder, folder: Path) -> None:
@@ -145,8 +121,18 @@ def write_text_tower(model: DualEncoder, folder: Path) -> None:
 def _in_fp32(model: DualEncoder) -> DualEncoder:
     """A copy of a model on the CPU that computes in fp32."""
     model = copy.deepcopy(model).float().cpu().eval()
-    model.cfg = dataclasses.replace(model.cfg, precision="fp32")
+    model.cfg = dataclasses.replace(model.cfg, precision="fp32", channels_last=False)
     return model
+
+
+def check_onnx(_: DualEncoder | None = None) -> None:
+    """Raise UserError where the onnx extra is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError("ONNX files need other libraries: pip install 'clip_scratch[onnx]'") from error
 
 
 def _write_tokenizer(model: DualEncoder, path: Path) -> None:
@@ -163,11 +149,7 @@ def _write_tokenizer(model: DualEncoder, path: Path) -> None:
 
 
 def _export(tower: nn.Module, example: tuple, inputs: list[str], output: str, sizes: dict, path: Path) -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError("ONNX files need other libraries: pip install 'clip_scratch[onnx]'") from error
+    check_onnx()
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -175,21 +157,22 @@ def _export(tower: nn.Module, example: tuple, inputs: list[str], output: str, si
                 dynamic_shapes=tuple(dict(sizes) for _ in inputs), verbose=False,
             )  # fmt: skip
             program.save(path, external_data=False)
-    except Exception as error:  # the exporter's own classes; their first lines say what it could not trace
-        raise UserError(f"{path.stem} tower cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the exporter's own classes; the first cause says what it could not trace
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        raise UserError(f"{path.stem} tower cannot be exported to ONNX: {reason}") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's progress and its warnings about torch's own code."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """Without the progress of exporter and quantizer, and their warnings about code that is not ours."""
+    before, sink = logging.root.manager.disable, io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.ERROR)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(before)

@@ -1,139 +1,141 @@
-"""A model as a sentence-transformers folder: its own modules for the towers, Dense layers for linear heads.
+"""A dual encoder as a sentence-transformers folder, which SentenceTransformer loads with its own modules alone.
 
-A model from scratch becomes a Router with two routes, Transformer (a timm or a text tower), Pooling, Dense, Normalize;
-a fine-tuned CLIP a Transformer with transformers' own class, and Normalize.
+A pretrained CLIP is one Transformer module. A model from scratch is a Router with two routes: a transformers text tower
+and its pooling, a timm image tower, and each head in Dense and LayerNorm modules. The heads are exact, the mlp too: see
+`_mlp_head`.
+
+Shapes: N images or captions, D features of a tower, P projected dimensions.
 """
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from ..data.loaders import Batch
 from ..errors import UserError
 from ..hub import is_function
-from ..models.clip import CLIPModel, DualEncoder
+from ..models.clip import CLIPModel, DualEncoder, ProjectionHead
 from ..models.hf_clip import HFCLIPModel
 from .dual_encoder import timm_config
-from .transformers_folder import image_processor, write_transformers_folder
+from .transformers_folder import image_processor
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel
 
-_FEATURES = {
-    kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"} for kind in ("text", "image")
-}
-_POOLED = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
+_PIXELS = {"backend": "pil"}  # the resize of clip_scratch; torchvision's differs by a level here and there
 
 
-class SentenceTransformerTowers:
-    """A written folder, as `embed_batches` needs it."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, folder: Path, model: DualEncoder):
-        from sentence_transformers import SentenceTransformer
-
-        self.tokenizer = model.tokenizer
-        with _quiet():
-            self.model = SentenceTransformer(str(folder), device="cpu")
-
-    def eval(self) -> None:
-        """There is no other mode."""
-
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of a batch's images (B, P) and captions (C, P)."""
-        pixels = batch["pixel_values"].permute(0, 2, 3, 1).numpy()
-        images = self.model.encode([Image.fromarray(np.ascontiguousarray(image)) for image in pixels])
-        tokens = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "modality": "text"}
-        return torch.from_numpy(images), self.model(tokens)["sentence_embedding"]
-
-
-def write_sentence_transformers_folder(model: DualEncoder, folder: Path) -> None:
-    """Write a folder that `SentenceTransformer(folder).encode` takes images (PIL) and sentences with.
-
-    Embeddings are those of the model, where images are resized by bilinear or bicubic interpolation ("area" becomes
-    bilinear). Raises UserError where sentence-transformers is missing, and for a part that it has no module for.
-    """
+def check_sentence_transformers(model: DualEncoder) -> None:
+    """Raise UserError where sentence-transformers is missing or has no module for a part of the model."""
+    for name in ("model_name", "text_encoder_model"):
+        if not isinstance(model, HFCLIPModel) and is_function(value := getattr(model.cfg, name)):
+            near = "a timm model" if name == "model_name" else "a transformers text encoder"
+            raise UserError(f"{name} {value!r}: sentence-transformers has no class for it. Train with {near} instead")
     try:
         import sentence_transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "this format needs another library: pip install 'clip_scratch[sentence-transformers]'"
-        ) from error
-    make = _fine_tuned if isinstance(model, HFCLIPModel) else _from_scratch
-    with tempfile.TemporaryDirectory() as work, torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(model.cfg.seed)  # of BERT's pooler, which plays no part
-        make(model, Path(work)).save(str(folder), create_model_card=False)
+        missing = "the sentence-transformers format needs another library"
+        raise UserError(f"{missing}: pip install 'clip_scratch[sentence-transformers]'") from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, and its warning that the text tower has no pooler."""
-    from transformers.utils import logging
+def write_sentence_transformers_folder(model: DualEncoder, folder: Path) -> None:
+    """Write a folder for `SentenceTransformer(folder).encode`, of sentences and of PIL images, L2-normalised."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Router
+    from transformers import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # else a report about the pooler that BERT's class adds, which nothing uses
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(model.cfg.seed)  # of that pooler
+            module = _pretrained(model) if isinstance(model, HFCLIPModel) else Router(_routes(model))
+        SentenceTransformer(modules=[module, Normalize()], device="cpu").save(str(folder), create_model_card=False)
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
 
 
-def _fine_tuned(model: HFCLIPModel, work: Path) -> SentenceTransformer:
+def embed_with_sentence_transformers(
+    folder: Path, images: Sequence[Path], captions: Sequence[str], device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings that sentence-transformers gives image files (N, P) and captions (C, P), in fp32 on the CPU."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Normalize, Transformer
 
-    write_transformers_folder(model, work, ())
-    tower = Transformer(str(work), modality_config=_FEATURES, module_output_name="sentence_embedding")
-    return SentenceTransformer(modules=[tower, Normalize()], device="cpu")
+    written, embedded = SentenceTransformer(str(folder), device=device, local_files_only=True), []
+    for start in range(0, len(images), 64):
+        batch = [Image.open(path) for path in images[start : start + 64]]
+        embedded.append(written.encode(batch, convert_to_tensor=True).cpu())
+    return torch.cat(embedded), written.encode(list(captions), convert_to_tensor=True).cpu()
 
 
-def _from_scratch(model: CLIPModel, work: Path) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
+def _pretrained(model: HFCLIPModel) -> nn.Module:
+    processor, processing = image_processor(model), {}
+    if model.padded_length:  # SigLIP
+        processing["text"] = {"padding": "max_length", "return_attention_mask": False}
+    if hasattr(processor, "max_num_patches"):  # which SigLIP 2's processor would replace by its defaults
+        processing["image"] = {name: getattr(processor, name) for name in ("patch_size", "max_num_patches")}
+    return _transformer(model.hf, [model.tokenizer, processor], processing_kwargs=processing)
+
+
+def _routes(model: CLIPModel) -> dict[str, list[nn.Module]]:
+    """By modality the modules from its input to its embedding."""
     from sentence_transformers.sentence_transformer.modules import Pooling
     from transformers import TimmWrapperModel
 
-    cfg = model.cfg
-    for name in ("model_name", "text_encoder_model"):
-        if is_function(value := getattr(cfg, name)):
-            raise UserError(
-                f"{name} {value!r}: sentence-transformers has no module for an encoder of your own: use --format onnx"
-            )
-    if cfg.head != "linear":
-        raise UserError(
-            "head 'mlp' has no module in sentence-transformers. Train with --head linear, or use --format onnx"
-        )
+    image_tower = TimmWrapperModel(timm_config(model))
+    image_tower.timm_model.load_state_dict(model.image_encoder.model.state_dict())
+    processor = image_processor(model)
+    if model.cfg.interpolation == "area":
+        processor.resample = Image.Resampling.HAMMING  # PIL's nearest to OpenCV's area filter
+    pooled = {"image": {"method": "forward", "method_output_name": "pooler_output"}}
+    image = _transformer(image_tower, [processor], modality_config=pooled, module_output_name="sentence_embedding")
+    text = _transformer(model.text_encoder.model, [model.tokenizer])
+    pooling = Pooling(model.text_encoder.out_dim, model.cfg.text_pooling)
+    return {"text": [text, pooling, *_head(model.text_projection)], "image": [image, *_head(model.image_projection)]}
 
-    image = TimmWrapperModel(timm_config(model))
-    image.timm_model.load_state_dict(model.image_encoder.model.state_dict())
-    image.save_pretrained(work / "image")
-    image_processor(model).save_pretrained(work / "image")
-    model.text_encoder.model.save_pretrained(work / "text")
-    model.tokenizer.save_pretrained(work / "text")
 
-    def head(linear: nn.Linear) -> Dense:
-        dense = Dense(linear.in_features, linear.out_features, activation_function=nn.Identity())
-        dense.linear.load_state_dict(linear.state_dict())
-        return dense
+def _transformer(tower: PreTrainedModel, processors: Sequence, **settings: object) -> nn.Module:
+    """A Transformer module, which is made from a folder."""
+    from sentence_transformers.base.modules import Transformer
 
-    pictures = Transformer(str(work / "image"), modality_config=_POOLED, module_output_name="sentence_embedding")
-    words = Transformer(str(work / "text"), max_seq_length=min(cfg.max_length, model.tokenizer.model_max_length))
-    pooling = Pooling(words.get_embedding_dimension(), pooling_mode=cfg.text_pooling)
-    routes = {
-        "image": [pictures, head(model.image_projection[-1]), Normalize()],
-        "text": [words, pooling, head(model.text_projection[-1]), Normalize()],
-    }
-    router = Router(routes, default_route="text", route_mappings={(None, kind): kind for kind in routes})
-    return SentenceTransformer(modules=[router], device="cpu")
+    takes_images = any(hasattr(processor, "image_mean") for processor in processors)
+    with tempfile.TemporaryDirectory() as folder:
+        for part in (tower, *processors):
+            part.save_pretrained(folder)
+        module = Transformer(folder, processor_kwargs=dict(_PIXELS) if takes_images else {}, **settings)
+    if takes_images:  # saved with the module's settings, which its loader reads
+        module.config_keys, module.processor_kwargs = [*module.config_keys, "processor_kwargs"], _PIXELS
+    return module
+
+
+def _head(head: nn.Sequential) -> list[nn.Module]:
+    layer = head[-1]
+    return _mlp_head(layer) if isinstance(layer, ProjectionHead) else [_dense(layer.weight, layer.bias)]
+
+
+def _mlp_head(head: ProjectionHead) -> list[nn.Module]:
+    """LayerNorm(p + fc(GELU(p))) of p = projection(x), in modules without a residual connection.
+
+    GELU(p) - GELU(-p) = p. So the first layer gives GELU of both p and -p, and the second fc(GELU(p)) + p.
+    """
+    from sentence_transformers.sentence_transformer.modules import LayerNorm
+
+    weight, bias = head.projection.weight, head.projection.bias
+    eye = torch.eye(len(bias), device=bias.device)
+    norm = LayerNorm(len(eye))
+    norm.norm.load_state_dict(head.layer_norm.state_dict())
+    both = _dense(torch.cat([weight, -weight]), torch.cat([bias, -bias]), nn.GELU())
+    return [both, _dense(torch.cat([head.fc.weight + eye, -eye], 1), head.fc.bias), norm]
+
+
+def _dense(weight: torch.Tensor, bias: torch.Tensor, activation: nn.Module | None = None) -> nn.Module:
+    from sentence_transformers.base.modules import Dense
+
+    weight, bias = weight.detach().cpu().clone(), bias.detach().cpu().clone()
+    return Dense(*reversed(weight.shape), activation_function=activation, init_weight=weight, init_bias=bias)
