@@ -57,11 +57,13 @@ def contenders(arguments: Arguments) -> dict[str, tuple[Callable, Callable]]:
             except ImportError:
                 continue
             core = openvino.Core()
-            towers = [core.compile_model(Path(folder) / f"{name}.onnx", "CPU") for name in ("image", "text")]
-            found[f"OpenVINO {kind}"] = (
-                lambda pixels, tower=towers[0]: tower([pixels.numpy()]),
-                lambda ids, mask, tower=towers[1]: tower([ids.numpy(), mask.numpy()]),
-            )
+            for precision in (kind, "bf16") if kind == "fp32" and "torch bf16" in found else (kind,):
+                hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+                towers = [core.compile_model(Path(folder) / f"{name}.onnx", "CPU", hint) for name in ("image", "text")]
+                found[f"OpenVINO {precision}"] = (
+                    lambda pixels, tower=towers[0]: tower([pixels.numpy()]),
+                    lambda ids, mask, tower=towers[1]: tower([ids.numpy(), mask.numpy()]),
+                )
     return found
 
 

@@ -132,9 +132,9 @@ def in_own_process(*what: str) -> dict[str, float] | None:
 
 
 def expected_gigabytes(what: str, path: str, n: int) -> float:
-    """Of a matrix of logits about 30 bytes a pair; of a step at once about 8 MB an image (measured at 1,024)."""
+    """Of a matrix of logits about 30 bytes a pair; of a step at once 3.3 MB an image (measured at 1,024)."""
     matrix = 30e-9 * n * n if path == "plain" else 0
-    return matrix + (8e-3 * n if what == "step" and path != "parts" else 0)
+    return matrix + (3.3e-3 * n if what == "step" and path != "parts" else 0)
 
 
 def pairs_per_second(processes: int) -> float:
@@ -166,9 +166,7 @@ def main(arguments: Arguments) -> None:
                 result = in_own_process(what, path, str(n)) if fits else None
                 if result:
                     found.setdefault((what, path), {})[n] = result
-                cells.append(
-                    f"{result['bytes'] / 1e9:9.2f} GB {result['seconds']:8.2f} s" if result else "does not fit"
-                )
+                cells.append(f"{result['bytes'] / 1e9:9.2f} GB {result['seconds']:8.2f} s" if result else "left out")
             print(f"{'':<6}{n:>6} " + "".join(f"{cell:>22}" for cell in cells), flush=True)
     print("\nprocesses  pairs/s  efficiency")
     rates = [statistics.median(pairs_per_second(n) for _ in range(3)) for n in arguments.processes]

@@ -202,8 +202,8 @@ class _Unread(EpochStats):
     def add(self, batch: Batch, loss: torch.Tensor, spread: torch.Tensor) -> None:
         self.losses.append(loss)
         self.batches += 1
-        self.images += len(batch["image_ids"])
-        self.captions += len(batch["caption_image_ids"])
+        self.images += len(batch["image_ids"]) * world_size()
+        self.captions += len(batch["caption_image_ids"]) * world_size()  # about: processes may differ
         self.names, self.spread = batch.get("names", []), spread
 
     def add_step(self, norm: torch.Tensor | None) -> None:
