@@ -33,7 +33,8 @@ def check_exportable(model: DualEncoder) -> None:
             )
     if model.cfg.head != "linear":
         raise UserError(
-            "head 'mlp' cannot be exported: transformers projects linearly. Train with --head linear, or export to onnx"
+            "head 'mlp' cannot be exported: transformers projects linearly. Train with --head linear, or choose "
+            "--format sentence-transformers or onnx"
         )
     architecture = model.text_encoder.model.config.model_type
     if architecture != "bert":  # as bert-mini, bert-base-uncased and MiniLM are

@@ -83,7 +83,8 @@ def best_folder(run: str | Path) -> Path:
         return hub_snapshot(str(run).removeprefix(HUB))
     if os.path.isdir(Path(run, "best")):
         return Path(run, "best")
-    return RELEASED / run if not os.path.exists(run) and os.path.isdir(RELEASED / run) else Path(run)
+    is_released = str(run) and not os.path.exists(run) and os.path.isdir(RELEASED / run)
+    return RELEASED / run if is_released else Path(run)
 
 
 def run_config(folder: str | Path) -> CFG:
