@@ -18,6 +18,7 @@ from clip_scratch.cli import parse
 from clip_scratch.data.images import load_image
 from clip_scratch.data.shards import write_shards
 from clip_scratch.retrieval.index import Index
+from clip_scratch.retrieval.indexing import update_index
 from clip_scratch.train import main
 
 ROOT = Path(__file__).parents[1]
@@ -116,9 +117,12 @@ def test_all_processes_embed_into_one_index(scene_run, tmp_path):
     captions = pd.DataFrame({"image": names, "caption": names, "split": "train"})
     write_shards(captions, images, tmp_path / "tars", 20)
     run = str(scene_run.folder.resolve())
-    for place, folder in ((images, "one"), (images, "two"), (f"{tmp_path}/tars/train/*.tar", "shards")):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(scene_run.cwd)
+        update_index(run, images, tmp_path / "one", device="cpu")
+    for place, folder in ((images, "two"), (f"{tmp_path}/tars/train/*.tar", "shards")):
         words = ["-m", "clip_scratch.search", "index", run, str(place), "--index", folder, "--device", "cpu"]
-        done = torchrun(1 if folder == "one" else 2, *words, cwd=tmp_path)
+        done = torchrun(2, *words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("70 images; 70 embedded") == 1
         assert ("bad.png" in done.stderr) == (folder != "shards")
