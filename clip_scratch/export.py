@@ -103,6 +103,7 @@ def _write(
     """Write a folder, and `embed_batches` of the validation split as the folder's own code computes it."""
     import torch
 
+    from .data.image_files import image_source
     from .data.loaders import build_loaders
     from .exporting import onnx, sentence_transformers_folder, transformers_folder
     from .retrieval.embed import embed_batches
@@ -114,7 +115,7 @@ def _write(
         written = transformers_folder.read_transformers_folder(folder, cfg.max_length).to(model.device)
         return embed_batches(written, build_loaders(valid, written.tokenizer, "valid", cfg))
     valid = valid.sort_values("image_id", kind="stable")
-    images = [Path(cfg.image_path, name) for name in valid["image"].drop_duplicates()]
+    images = [image_source(Path(cfg.image_path, name)) for name in valid["image"].drop_duplicates()]  # shards: bytes
     own = torch.from_numpy(valid["image_id"].factorize()[0])
     if format == "sentence-transformers":
         sentence_transformers_folder.write_sentence_transformers_folder(model, folder)

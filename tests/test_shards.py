@@ -26,6 +26,7 @@ from clip_scratch.data.shards import list_shards, shard_order, write_shards
 from clip_scratch.data.source import open_data
 from clip_scratch.errors import UserError
 from clip_scratch.evaluate import evaluate
+from clip_scratch.export import export
 from clip_scratch.prepare import shards
 from clip_scratch.train import main
 
@@ -301,3 +302,10 @@ def test_a_file_that_is_no_tar(write, tmp_path):
         open_data(CFG(captions_path=str(tmp_path / "x.tar")))
     with pytest.raises(OSError):
         open_shard(str(tmp_path / "y.tar"))
+
+
+@pytest.mark.slow
+def test_a_run_on_shards_is_exported(cfg, plain, tmp_path):
+    run = main(dataclasses.replace(cfg, epochs=1, head="linear"))
+    measured = export(run, tmp_path / "st", format="sentence-transformers")
+    assert measured["n_images"] == 6 and measured["text_cosines"].min() > 1 - 1e-5
