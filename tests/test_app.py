@@ -158,6 +158,7 @@ def test_in_chromium(served, tmp_path):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.set_default_timeout(60_000)
+        sync.expect.set_options(timeout=60_000)  # a loaded machine is slow
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: addresses.append(request.url))
