@@ -155,7 +155,8 @@ def cache(remove: tuple[str, ...] = (), older_than: float = math.inf, cache_path
 
     try:
         folder = cache_folder(CFG(cache_path=cache_path))
-        kinds = {path.name: kind for pattern, kind in CACHES.items() for path in sorted(folder.glob(pattern))}
+        found = ((path, kind) for pattern, kind in CACHES.items() for path in sorted(folder.glob(pattern)))
+        kinds = {path.relative_to(folder).as_posix(): kind for path, kind in found}
         if unknown := set(remove) - set(kinds):
             raise UserError(f"{folder} has no cache {min(unknown)}.{suggest(min(unknown), kinds)}")
         print(f"{'cache':<26}{'size':>10}{'used':>14}  content")

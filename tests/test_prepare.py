@@ -257,6 +257,16 @@ def test_caches_are_listed_with_size_and_age(caches, tiny_data, capsys):
     assert re.search(rf" 0 days  26 images of {tiny_data.image_path}$", rows[complete])
 
 
+def test_copies_of_shards_are_listed_and_removed(tmp_path, capsys):
+    copy = tmp_path / "shards" / "abc.tar"
+    copy.parent.mkdir()
+    copy.write_bytes(b"x" * 2_000_000)
+    prepare.cache(cache_path=str(tmp_path))
+    assert re.search(r"^shards/abc.tar +2 MB +0 days  copy of a shard$", capsys.readouterr().out, re.M)
+    prepare.cache(remove=("shards/abc.tar",), cache_path=str(tmp_path))
+    assert not copy.exists()
+
+
 def test_caches_are_removed_by_name_or_age(caches, capsys):
     folder, partial = caches
 
