@@ -14,15 +14,9 @@ from .models.encoders import ImageEncoder as ImageEncoder
 from .models.encoders import TextEncoder as TextEncoder
 from .models.saved import load as load
 from .presets import PRESETS as PRESETS
-from .retrieval.embed import (
-    encode_image as encode_image,
-)
-from .retrieval.embed import (
-    encode_text as encode_text,
-)
-from .retrieval.embed import (
-    get_image_embeddings as get_image_embeddings,
-)
+from .retrieval.embed import encode_image as encode_image
+from .retrieval.embed import encode_text as encode_text
+from .retrieval.embed import get_image_embeddings as get_image_embeddings
 from .retrieval.explain import explain as explain
 from .retrieval.index import Index as Index
 from .retrieval.matches import find_captions as find_captions

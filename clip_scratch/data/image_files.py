@@ -29,9 +29,9 @@ def split_member(path: str | Path) -> tuple[str, str] | None:
     return (re.sub(r"^(\w\w+):/(?!/)", r"\1://", shard) + ".tar", name) if found else None
 
 
-def image_source(path: str | Path) -> str | Path | io.BytesIO:
-    """What Image.open takes: the path itself, or the bytes of an image in a shard. Raises OSError."""
-    if (member := split_member(path)) is None:
+def image_source(path: str | Path | io.BytesIO) -> str | Path | io.BytesIO:
+    """What Image.open takes: the path or the bytes as they are, or the bytes of an image in a shard. Raises OSError."""
+    if isinstance(path, io.BytesIO) or (member := split_member(path)) is None:
         return path
     shard, name = member
     if (place := _places(shard).get(name)) is None:

@@ -56,7 +56,7 @@ def load_image(image: str | Path | io.BytesIO | Image.Image | np.ndarray) -> np.
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     elif not isinstance(image, Image.Image):
-        with Image.open(image) if isinstance(image, io.BytesIO) else open_image(image) as file:
+        with open_image(image) as file:
             file.load()
             image = file
     image = ImageOps.exif_transpose(image)
@@ -68,7 +68,7 @@ def load_image(image: str | Path | io.BytesIO | Image.Image | np.ndarray) -> np.
     return np.array(image.convert("RGB"))
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | io.BytesIO) -> Image.Image:
     """Image.open, and for HEIC files, whatever their suffix, the decoder of the `heif` extra; not yet decoded."""
     source = image_source(path)
     try:

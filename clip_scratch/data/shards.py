@@ -47,18 +47,9 @@ def read_shards(pattern: str, root: Path, on_bad_image: str) -> pd.DataFrame:
     Raises UserError for a shard that is missing or damaged, and for a sample without image or caption; where
     on_bad_image is "skip" these are left out, and it is printed.
     """
-    from tqdm import tqdm
-
-    shards = list_shards(pattern)
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # without a cache folder the shards are read each time
-            stack.enter_context(sole_writer(cache_folder() / "shards"))  # of several processes one reads them
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))  # decoders release the GIL
-        found = list(tqdm(pool.map(_samples, shards), "Reading shards", len(shards), unit=" shards", leave=False))
     rows, left_out = [], []
-    for shard, (samples, fault) in zip(shards, found, strict=True):
-        if fault:
-            left_out.append(f"the shard {shard} cannot be read to its end ({fault})")
+    for shard, (samples, fault) in _read_all(list_shards(pattern)).items():
+        left_out += [fault] if fault else []
         below = Path(shard).relative_to(root).as_posix()
         for row, (name, _, size, captions, decodes) in enumerate(samples, 1):
             if not (size and captions):
@@ -99,12 +90,10 @@ def images_in(place: str | Path) -> tuple[Path, list[str]]:
     """A folder and the names of all images in it; of shards, the folder that they are below. Raises UserError."""
     if not is_shards(place):
         return Path(place).expanduser().resolve(), images_below(Path(place).expanduser())
-    shards = list_shards(str(place))
     folder, names = Path(common_folder([str(place)])), []
-    for shard in shards:
-        samples, fault = _samples(shard)
+    for shard, (samples, fault) in _read_all(list_shards(str(place))).items():
         if fault:
-            print(f"the shard {shard} cannot be read to its end ({fault})", file=sys.stderr)
+            print(fault, file=sys.stderr)
         below = Path(shard).relative_to(folder).as_posix()
         names += [f"{below}/{name}" for name, _, size, *_ in samples if size]
     return folder, names
@@ -180,6 +169,19 @@ def _write(path: Path, images: list[tuple[str, list[str]]], first: int, folder: 
 # ---- reading a shard from end to end
 
 
+def _read_all(shards: list[str]) -> dict[str, tuple[list, str]]:
+    """`_samples` of each shard, several at a time."""
+    from tqdm import tqdm
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # without a cache folder the shards are read each time
+            stack.enter_context(sole_writer(cache_folder() / "shards"))  # of several processes one reads them
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count() or 1))  # decoders release the GIL
+        found = pool.map(_samples, shards)
+        found = list(tqdm(found, "Reading shards", len(shards), unit=" shards", leave=False))
+    return dict(zip(shards, found, strict=True))
+
+
 def _samples(shard: str) -> tuple[list, str]:
     """`_scan` of a shard, from the cache folder where it is known."""
     version = _version(shard)
@@ -196,19 +198,21 @@ def _samples(shard: str) -> tuple[list, str]:
             write_atomically(record_of(shard), lambda temporary: temporary.write_text(content))
     return samples, fault
 
+    """[image name, offset, bytes, captions, whether it decodes] of each sample; and why the rest is unreadable, or ""."""
+
 
 def _scan(shard: str) -> tuple[list, str]:
-    """[image name, offset, bytes, captions, whether it decodes] of each sample, and what ended the reading too soon."""
-    samples: list = []
+    """[image name, offset, bytes, captions, whether it decodes] of each sample; and why the rest cannot be read, or ""."""
+    samples, fault = [], ""
     try:
         with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             samples.extend(_sample(key, members, tar) for key, members in _groups(tar))
             file.seek(-512, os.SEEK_END)
             if any(file.read()):  # a tar ends with zeros; tarfile takes any end between two members
-                return samples, "unexpected end of data"
+                fault = "unexpected end of data"
     except (OSError, tarfile.TarError, EOFError) as error:
-        return samples, str(error)
-    return samples, ""
+        fault = str(error)
+    return samples, fault and f"the shard {shard} cannot be read to its end ({fault})"
 
 
 def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:

@@ -67,7 +67,7 @@ def update_index(
     """Make `folder` an index of all images below the folder `images`, or in shards, by the model of `run`.
 
     Of an index that exists, only what is new or changed is embedded, and what is gone is forgotten. It is committed as
-    it goes: a killed update goes on where it was. `table` is a CSV file with an image column, whose other columns
+    it goes: after a kill the next update resumes. `table` is a CSV file with an image column, whose other columns
     become columns of the index; `ann` builds an approximate index however few the images; `store` names a Milvus
     collection that holds the embeddings instead of the folder; `prepare` may add files to a new index; `share` lets
     other processes embed some of the images (`embed_share`). Raises UserError for a folder that is an index of
@@ -83,7 +83,8 @@ def update_index(
     info = _begin(folder, images, model, run, store, prepare)
     with _sole_writer(folder), open_store(folder, info, writing=True) as opened:
         known = opened.known()
-        on_disk = {name: tuple(stamp(images / name)) for name in names}
+        on_disk = {name: tuple(found) for name in names if (found := stamp(images / name))}
+        names = list(on_disk)  # without those that vanished meanwhile
         gone = known.keys() - on_disk.keys()
         opened.remove(gone)
         report = IndexUpdate(removed=len(gone))
