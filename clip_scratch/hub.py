@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import UserError
 
 PACKAGE, HUB = "package:", "hub:"
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a run on a hub: settings, weights, tokenizer; no code
 # Published BERT sizes (Turc et al. 2019, https://arxiv.org/abs/1908.08962): layers, hidden size
 SMALL_BERTS = {"bert-tiny": (2, 128), "bert-mini": (4, 256), "bert-small": (4, 512), "bert-medium": (8, 512)}
 _TIMEOUT = 5.0  # seconds that the hub has to answer
@@ -97,7 +98,7 @@ def hub_snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_access(f"the model {name!r}", "A model on the hub is named hub:USER/NAME"):
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
 
 
 def hub_cache() -> Path:

@@ -15,6 +15,7 @@ import clip_scratch.hub as hub
 from clip_scratch import load
 from clip_scratch.errors import UserError
 from clip_scratch.export import Arguments, main
+from clip_scratch.exporting.hub_model import push
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -80,6 +81,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def test_an_encoder_of_one_s_own_is_not_uploaded(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_name": "mine:tower", "text_encoder_model": "bert-mini"}))
+    with pytest.raises(UserError, match="mine:tower is code, and models on a hub come without"):
+        push(tmp_path, "me/scenes", "")
+
+
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -123,6 +130,8 @@ def test_what_goes_wrong_is_one_line(server, scene_run, monkeypatch):
         load("hub:a b/c")
     with pytest.raises(UserError, match="name a folder to write, or --push-to-hub"):
         main(Arguments(run))
+    with pytest.raises(UserError, match="uploads the run itself: leave out --format"):
+        main(Arguments(run, push_to_hub="me/scenes", format="onnx"))
     monkeypatch.setenv("HF_TOKEN", "bad")
     with pytest.raises(UserError, match="cannot get permission to write 'me/scenes'.*hf auth login") as error:
         main(Arguments(run, push_to_hub="me/scenes", device="cpu"))
