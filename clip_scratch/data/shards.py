@@ -198,11 +198,9 @@ def _samples(shard: str) -> tuple[list, str]:
             write_atomically(record_of(shard), lambda temporary: temporary.write_text(content))
     return samples, fault
 
-    """[image name, offset, bytes, captions, whether it decodes] of each sample; and why the rest is unreadable, or ""."""
-
 
 def _scan(shard: str) -> tuple[list, str]:
-    """[image name, offset, bytes, captions, whether it decodes] of each sample; and why the rest cannot be read, or ""."""
+    """[image name, offset, bytes, captions, whether it decodes] of each sample, and why the rest is unreadable."""
     samples, fault = [], ""
     try:
         with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:

@@ -6,25 +6,27 @@ import json
 from pathlib import Path
 
 from ..config import CFG
-from ..hub import hub_access
+from ..errors import UserError
+from ..hub import HUB_FILES, hub_access, is_function
 from ..models.saved import git_commit
 
 # Settings that are paths of this machine: the card leaves them out, and the settings keep their last part
 _LOCAL = ("captions_path", "valid_captions_path", "test_captions_path", "image_path", "cache_path", "run_dir", "resume")
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 def push(best: Path, name: str, card: str) -> str:
     """Upload a `best/` folder and its card in one commit to the model `name`, which is made; returns the address.
 
-    Raises UserError where the hub cannot be reached or refuses.
+    Raises UserError where the hub cannot be reached or refuses, and for encoders of the user's own.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     settings = json.loads((best / "config.json").read_text())
+    for code in filter(is_function, (settings["model_name"], settings["text_encoder_model"])):
+        raise UserError(f"{code} is code, and models on a hub come without: share the folder itself")
     public = {key: Path(value).name if key in _LOCAL else value for key, value in settings.items()}
     contents = {"config.json": json.dumps(public, indent=2).encode(), "README.md": card.encode()}
-    files = {file.name: file for pattern in _FILES for file in sorted(best.glob(pattern))}
+    files = {file.name: file for pattern in HUB_FILES for file in sorted(best.glob(pattern))}
     operations = [CommitOperationAdd(path, content) for path, content in (files | contents).items()]
     with hub_access(f"permission to write {name!r}", "Log in with `hf auth login`, and name it USER/NAME"):
         api = HfApi()
