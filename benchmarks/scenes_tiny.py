@@ -1,4 +1,4 @@
-"""Make the model that comes with the package, `load("scenes-tiny")`: python -m benchmarks.scenes_tiny
+"""Build the model in the package, `load("scenes-tiny")`: python -m benchmarks.scenes_tiny
 
 Trains small towers on the built-in scenes from random weights, and writes the best model in fp16 to
 clip_scratch/released/scenes-tiny. About 15 minutes on 2 cores.

@@ -30,7 +30,6 @@ def main(arguments: Arguments) -> None:
     from .retrieval.index import Index
 
     _check_port(arguments.port)
-    index = Index.open(arguments.index or _demo(), arguments.device)
     with tempfile.TemporaryDirectory(prefix="clip-scratch-uploads-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         try:
@@ -40,6 +39,7 @@ def main(arguments: Arguments) -> None:
             raise UserError("the page needs another library: pip install 'clip_scratch[app]'") from error
         from .retrieval.page import build_page
 
+        index = Index.open(arguments.index or _demo(), arguments.device)
         page = build_page(index)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the uploads are deleted
         print(f"{len(index):,} images in {index.folder}: http://{HOST}:{arguments.port} (Ctrl-C stops the page)")

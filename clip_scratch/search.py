@@ -90,7 +90,9 @@ def _index(arguments: IndexArguments) -> None:
                 arguments.device, prepare, share,
             )  # fmt: skip
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"What was embedded is kept in {folder}; the same command goes on") from interrupt
+        raise KeyboardInterrupt(
+            f"What was embedded is kept in {folder}; run the same command again to continue"
+        ) from interrupt
     _print_report(report, folder)
 
 

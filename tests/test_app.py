@@ -242,7 +242,7 @@ def test_the_command(served, number):
 
 
 @pytest.mark.slow
-def test_the_model_that_comes_along(tmp_path, monkeypatch):
+def test_the_released_model(tmp_path, monkeypatch):
     """Without a run or an index: it loads, is small, finds what it has not seen, and is what the page shows."""
     best = best_folder("scenes-tiny")
     assert sum(file.stat().st_size for file in best.iterdir()) < 4e6

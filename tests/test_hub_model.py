@@ -12,10 +12,10 @@ import torch
 from huggingface_hub import constants
 
 import clip_scratch.hub as hub
-from clip_scratch import load
+from clip_scratch import CFG, load
 from clip_scratch.errors import UserError
 from clip_scratch.export import Arguments, main
-from clip_scratch.exporting.hub_model import push
+from clip_scratch.exporting.hub_model import model_card, push
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -79,6 +79,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def test_no_path_of_this_machine_is_published():
+    cfg = CFG(backend="hf_clip", model_name="/home/me/models/clip", image_path="/home/me/photos", head_lr=0.5)
+    card = model_card("me/x", cfg, "photos", "| a table |", "")
+    assert "/home/me" not in card and "model_name: clip" in card and "head_lr: 0.5" in card
 
 
 def test_an_encoder_of_one_s_own_is_not_uploaded(tmp_path):

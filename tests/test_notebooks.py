@@ -117,7 +117,7 @@ def test_train_then_find(execute):
 
 @pytest.mark.slow
 def test_find_without_a_run(execute):
-    """With the model that comes along; of fewer scenes than it was trained on."""
+    """With the released model; of fewer scenes than it was trained on."""
     few = 'RUN = ""\nfrom clip_scratch.models import saved\n_read = saved.run_config\n'
     few += "saved.run_config = lambda folder: dataclasses.replace(_read(folder), n_scenes=100)"
     found = execute("02_find_matches.ipynb", f"import dataclasses\n{few}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ..config import CFG
@@ -10,7 +11,7 @@ from ..errors import UserError
 from ..hub import HUB_FILES, hub_access, is_function
 from ..models.saved import git_commit
 
-# Settings that are paths of this machine: the card leaves them out, and the settings keep their last part
+# Settings that are paths: the card leaves them out
 _LOCAL = ("captions_path", "valid_captions_path", "test_captions_path", "image_path", "cache_path", "run_dir", "resume")
 
 
@@ -24,7 +25,7 @@ def push(best: Path, name: str, card: str) -> str:
     settings = json.loads((best / "config.json").read_text())
     for code in filter(is_function, (settings["model_name"], settings["text_encoder_model"])):
         raise UserError(f"{code} is code, and models on a hub come without: share the folder itself")
-    public = {key: Path(value).name if key in _LOCAL else value for key, value in settings.items()}
+    public = {key: _public(key, value) for key, value in settings.items()}
     contents = {"config.json": json.dumps(public, indent=2).encode(), "README.md": card.encode()}
     files = {file.name: file for pattern in HUB_FILES for file in sorted(best.glob(pattern))}
     operations = [CommitOperationAdd(path, content) for path, content in (files | contents).items()]
@@ -35,10 +36,17 @@ def push(best: Path, name: str, card: str) -> str:
     return str(url)
 
 
+def _public(key: str, value: object) -> object:
+    """A setting without the folders of this machine: of a path its last part."""
+    is_path = key in _LOCAL or (isinstance(value, str) and os.path.isabs(os.path.expanduser(value)))
+    return Path(value).name if is_path else value
+
+
 def model_card(name: str, cfg: CFG, data: str, table: str, licence: str) -> str:
     """The README.md of a model: what it was trained on is `data`, what was measured on its validation split `table`."""
     changed = {key: value for key, value in vars(cfg).items() if value != getattr(CFG, key) and key not in _LOCAL}
-    settings = "\n".join(f"{key}: {value}" for key, value in changed.items())
+    settings = "\n".join(f"{key}: {_public(key, value)}" for key, value in changed.items())
+    towers = " and ".join(str(_public("", tower)) for tower in (cfg.model_name, cfg.text_encoder_model))
     title = name.rpartition("/")[2]
     return f"""---
 library_name: clip_scratch
@@ -49,7 +57,7 @@ license: {licence or "other"}
 
 # {title}
 
-A dual encoder of images and sentences: {cfg.model_name} and {cfg.text_encoder_model}, {cfg.projection_dim} dimensions.
+A dual encoder of images and sentences: {towers}, {cfg.projection_dim} dimensions.
 
 ```python
 from clip_scratch import load

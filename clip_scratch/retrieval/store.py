@@ -27,7 +27,7 @@ from .exact import ExactSearch
 
 OWN_COLUMNS = ("row", "path", "size", "mtime_ns", "width", "height", "date", "year", "month", "background")
 ANN_FROM = 1_000_000  # images from which an approximate index is built and used
-_DEAD = 0.2  # share of dead rows from which the array is written anew
+_DEAD = 0.2  # share of dead rows at which the array is rewritten
 _WHERE_SECONDS = 20.0
 _MOST_VARIABLES = 30_000  # of an SQLite statement
 _SCHEMA = """
@@ -138,7 +138,7 @@ class LocalStore:
         return self._build_ann()
 
     def _compact(self) -> None:
-        """Write the live rows as the next generation of the array, and number the images anew."""
+        """Write the live rows as the next generation of the array, and renumber the images."""
         rows, old = self._live_rows(), self._array_path
         generation = self._generation + 1
         parts = (self.embeddings[part].tobytes() for part in np.array_split(rows, max(1, len(rows) // 100_000)))
@@ -302,7 +302,7 @@ class LocalStore:
         self._column_names = self.columns
         if self._ann_path.exists():
             graph = _usearch().Index.restore(str(self._ann_path), view=True)
-            if len(graph) == len(self):  # else a writer was killed before it built the graph anew
+            if len(graph) == len(self):  # else a writer was killed before it rebuilt the graph
                 self._graph = graph
         self._version = version
 

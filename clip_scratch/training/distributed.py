@@ -47,7 +47,7 @@ def is_main() -> bool:
 def process_group(cfg: CFG | None = None) -> Iterator[CFG | None]:
     """Join the processes of torchrun, where it started this one; the settings of a training run that they share.
 
-    Processes but the first print nothing. After a restart by torchrun (`--max-restarts`) the run goes on from its last
+    Processes but the first print nothing. After a restart by torchrun (`--max-restarts`) the run resumes from its last
     checkpoint. Raises UserError for settings that several processes cannot have, or that differ between them.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
