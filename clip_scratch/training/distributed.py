@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the group is made: its default arguments would keep the group, and its threads
 from torch import nn
 
 from ..config import CFG
