@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from processes import Command
 
 from clip_scratch import CFG, Index, app, read_captions
 from clip_scratch.data.scenes.write import write_scenes
@@ -229,15 +229,16 @@ def test_mistakes(served, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command(served, number):
     """It says where the page is; Ctrl-C or SIGTERM ends it and deletes the uploads."""
-    command = [sys.executable, "-u", "-m", "clip_scratch.app", str(served.root / "index"), "--port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(Path(app.__file__).parents[1]), "TMPDIR": str(served.root)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as done:
-        assert "40 images in" in done.stdout.readline()
-        time.sleep(1)
-        done.send_signal(number)
-        assert "Traceback" not in done.stdout.read()
+    words = ["-m", "clip_scratch.app", served.root / "index", "--port", "0"]
+    command = Command(words, served.root, {"TMPDIR": str(served.root)})
+    deadline = time.monotonic() + 60
+    while "40 images in" not in command.out and command.returncode is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(command.pid, number)
+    done = command.wait(30)
+    assert "40 images in" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert done.returncode in (130, 143, 0), done
     assert not list(served.root.glob("clip-scratch-uploads-*"))
 
 

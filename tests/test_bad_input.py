@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from processes import Command
 from safetensors.torch import save_file
 
 import clip_scratch.train as train
@@ -365,23 +366,12 @@ def test_the_data_of_a_run_are_gone(refused, run_copy, tmp_path):
 
 def test_the_commands_themselves(tmp_path):
     """The verbs as processes of their own: exit status 2, one line, nothing else."""
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    commands = [["train", "flicker8k"], ["evaluate", "nowhere"], ["search", "find", "nowhere", "a dog"]]
-    commands += [["compare", "nowhere"], ["classify", "nowhere"]]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", f"clip_scratch.{command[0]}", *command[1:]],
-            cwd=tmp_path,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command in commands
-    ]
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    mistakes = [["train", "flicker8k"], ["evaluate", "nowhere"], ["search", "find", "nowhere", "a dog"]]
+    mistakes += [["compare", "nowhere"], ["classify", "nowhere"]]
+    commands = [Command(["-m", f"clip_scratch.{verb}", *words], tmp_path) for verb, *words in mistakes]
+    for done in [command.wait() for command in commands]:
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from distributed_worker import CASES, ten_steps
+from processes import together
 
 from clip_scratch import load
 from clip_scratch.cli import parse
@@ -29,6 +30,7 @@ SCENES = [
 
 
 def torchrun(processes, *words, cwd, restarts=0):
+    """With processes that import everything anew: where `together` does, it is quicker."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts)]
     command += ["--nproc-per-node", str(processes), *words]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
@@ -42,8 +44,8 @@ def test_the_same_losses_and_weights_as_one_process(tiny_cfg, tiny_data, tiny_to
     torch.save((cfg, tiny_data.table, tiny_tokenizer), tmp_path / "inputs.pt")
     one = [ten_steps(cfg, tiny_data.table, tiny_tokenizer, *case) for case in CASES]
     for processes in (2, 4):
-        done = torchrun(processes, str(ROOT / "tests/distributed_worker.py"), str(tmp_path), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
+        for done in together(processes, [ROOT / "tests/distributed_worker.py", tmp_path], tmp_path):
+            assert done.returncode == 0, done.stderr[-3000:]
     for other in (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (2, 4)):
         for case, (losses, weights, embeddings), (losses_1, weights_1, embeddings_1) in zip(
             CASES, other, one, strict=True
@@ -80,9 +82,10 @@ def test_runs_of_two_processes(tmp_path):
     """The first process alone writes and prints. A run one of whose processes is killed in mid-step is restarted by
     torchrun and goes on from its last checkpoint, to the same weights; one process can go on with it."""
     words = [*SCENES, "--checkpoint-steps", "3", "--run-dir"]
-    whole = torchrun(2, "-m", "clip_scratch.train", *words, "runs/whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr[-3000:]
+    whole, other = together(2, ["-m", "clip_scratch.train", *words, "runs/whole"], tmp_path)
+    assert whole.returncode == other.returncode == 0, whole.stderr[-3000:] + other.stderr[-3000:]
     assert whole.stdout.count("run folder: runs/whole") == 1 and whole.stdout.count("best epoch") == 1
+    assert other.stdout == ""
     lines = [json.loads(line) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 12), (2, 24)]
 
@@ -122,9 +125,9 @@ def test_all_processes_embed_into_one_index(scene_run, tmp_path):
         update_index(run, images, tmp_path / "one", device="cpu")
     for place, folder in ((images, "two"), (f"{tmp_path}/tars/train/*.tar", "shards")):
         words = ["-m", "clip_scratch.search", "index", run, str(place), "--index", folder, "--device", "cpu"]
-        done = torchrun(2, *words, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("70 images; 70 embedded") == 1
+        done, other = together(2, words, tmp_path)
+        assert done.returncode == other.returncode == 0, done.stderr[-3000:] + other.stderr[-3000:]
+        assert done.stdout.count("70 images; 70 embedded") == 1 and other.stdout == ""
         assert ("bad.png" in done.stderr) == (folder != "shards")
     one, two, shards = (
         Index.open(tmp_path / folder).search("a red circle", n=70) for folder in ("one", "two", "shards")

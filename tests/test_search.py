@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tyro
 from PIL import Image
+from processes import Command
 
 from clip_scratch import encode_text, load, search
 from clip_scratch.retrieval import terminal
@@ -34,10 +35,8 @@ def photos(scene_run, tmp_path_factory):
     (cwd / "photos/._broken.png").write_bytes(b"AppleDouble")
     (cwd / "photos/folder.png").mkdir()
     (cwd / "data").symlink_to(scene_run.cwd / "data")
-    done = subprocess.run(
-        [sys.executable, "-m", "clip_scratch.search", "index", str(scene_run.folder), "photos", "--device", "cpu"],
-        cwd=cwd, capture_output=True, text=True, env=ENV,
-    )  # fmt: skip
+    words = ["-m", "clip_scratch.search", "index", scene_run.folder, "photos", "--device", "cpu"]
+    done = Command(words, cwd).wait()
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(cwd=cwd, run=scene_run.folder, out=done.stdout, err=done.stderr)
 

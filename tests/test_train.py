@@ -5,13 +5,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Command
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -132,8 +131,9 @@ def test_best_alone_is_enough(scene_run, tmp_path):
         "image = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)\n"
         "torch.save([encode_image(model, [image]), encode_text(model, ['a red circle', 'A blue square'])], 'out.pt')\n"
     )
-    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "PYTHONPATH": str(Path.cwd())}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | hub, check=True, capture_output=True)
+    (tmp_path / "embed.py").write_text(code)
+    done = Command(["embed.py"], tmp_path, {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")}).wait()
+    assert done.returncode == 0, done.stderr
     model = load(scene_run.folder)
     image = torch.arange(40 * 50 * 3).to(torch.uint8).view(40, 50, 3).numpy()
     images, texts = torch.load(tmp_path / "out.pt")
@@ -236,21 +236,14 @@ def test_ctrl_c_ends_with_130_and_what_to_type(cfg, tmp_path, monkeypatch, plain
     words = ["--captions-path", cfg.captions_path, "--no-pretrained", "--model-name", "test_resnet"]
     words += ["--text-encoder-model", "bert-tiny", "--text-tokenizer", "train", "--size", "32", "--batch-size", "4"]
     words += ["--epochs", "100000", "--early-stopping", "0", "--device", "cpu", "--run-dir", "run"]
-    command = [sys.executable, "-u", "-m", "clip_scratch.train", *words]
-    env = os.environ | {"PYTHONPATH": str(Path.cwd())}
-    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=err)
-    try:
-        deadline = time.monotonic() + 90
-        while "epoch   1" not in (tmp_path / "out").read_text() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-    finally:
-        process.kill()
-    said = (tmp_path / "err").read_text()
-    assert "python -m clip_scratch.train --resume run" in said and "Traceback" not in said
+    command = Command(["-m", "clip_scratch.train", *words], tmp_path)
+    deadline = time.monotonic() + 90
+    while "epoch   1" not in command.out and command.returncode is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(command.pid, signal.SIGINT)
+    done = command.wait()
+    assert done.returncode == 130
+    assert "python -m clip_scratch.train --resume run" in done.stderr and "Traceback" not in done.stderr
     monkeypatch.chdir(tmp_path)
     step = last_of(Path("run"))["progress"]["step"]
     assert load("run") is not None and step >= 5
@@ -260,7 +253,7 @@ def test_ctrl_c_ends_with_130_and_what_to_type(cfg, tmp_path, monkeypatch, plain
     assert last_of(Path("run"))["progress"]["step"] == step + 2
 
 
-# One process imports the libraries and forks, before torch has threads, a child for each run that is killed.
+# The process forks, before torch has threads, a child for each run that is killed.
 KILLED = """
 import copy, json, os, random, signal, sys, time, traceback
 from pathlib import Path
@@ -273,8 +266,6 @@ from clip_scratch.training import run as run_module
 from clip_scratch.training.run import load_tree
 from clip_scratch.retrieval import matches
 import clip_scratch.files as files
-import transformers.models.bert.modeling_bert, timm, albumentations, tyro
-import torch.utils.tensorboard
 from clip_scratch.cli import parse
 
 torch.set_num_threads(1)
@@ -370,9 +361,8 @@ def test_a_run_killed_at_any_moment_goes_on(cfg, tmp_path):
     settings = dataclasses.asdict(dataclasses.replace(cfg, checkpoint_steps=1, scheduler="cosine", ema=0.5))
     del settings["run_dir"]
     moments = "4:written,5:half,10:renamed,12:renamed,20:half"
-    env = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, json.dumps(settings), str(tmp_path), moments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = Command(["killed.py", json.dumps(settings), tmp_path, moments], tmp_path).wait()
     assert done.returncode == 0 and "all went on" in done.stdout, done.stderr[-3000:]
 
 
