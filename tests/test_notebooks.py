@@ -24,18 +24,37 @@ KERNEL = "clip-scratch-tests"
 SMALL_CLIP = 'MODEL = "models/clip"\nCAPTIONS = IMAGES = ""\nN_SCENES, EPOCHS = 100, 1'
 
 
-@pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """Run a notebook in `tmp_path / "work"`, and return it with its outputs."""
-    folder = tmp_path / "jupyter" / "kernels" / KERNEL
+RESET = """
+%reset -f
+import os, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "clip_scratch"]:
+    del sys.modules[name]
+os.chdir({!r})
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """A kernel for all notebooks, since importing the libraries takes longer than they do. It keeps nothing else."""
+    home = tmp_path_factory.mktemp("kernel")
+    folder = home / "jupyter" / "kernels" / KERNEL
     folder.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (folder / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": KERNEL, "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))  # no installed kernel can stand in
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows figures as outputs
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(home / "jupyter"))  # no installed kernel can stand in
+        patch.setenv("JUPYTER_RUNTIME_DIR", str(home / "runtime"))
+        patch.setenv("IPYTHONDIR", str(home / "ipython"))
+        patch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows figures as outputs
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")]))
+        client = nbclient.NotebookClient(nbformat.v4.new_notebook(), timeout=240, kernel_name=KERNEL)
+        with client.setup_kernel():
+            yield client
+
+
+@pytest.fixture
+def execute(tmp_path, kernel):
+    """Run a notebook in `tmp_path / "work"`, and return it with its outputs."""
     work = tmp_path / "work"
     work.mkdir()
 
@@ -43,10 +62,10 @@ def execute(tmp_path, monkeypatch):
         notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
         [settings] = [cell for cell in notebook.cells if "settings" in cell.metadata.get("tags", [])]
         settings.source = small
-        client = nbclient.NotebookClient(
-            notebook, timeout=240, kernel_name=KERNEL, resources={"metadata": {"path": str(work)}}
-        )
-        client.execute()  # raises CellExecutionError where a cell does
+        reset = nbformat.v4.new_code_cell(RESET.format(str(work)))
+        for cells in (nbformat.v4.new_notebook(cells=[reset]), notebook):
+            kernel.nb = cells
+            kernel.execute(cleanup_kc=False)  # raises CellExecutionError where a cell does
         outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
         assert not [output for output in outputs if output.output_type == "error"]
         return notebook
