@@ -66,7 +66,7 @@ def main(arguments: IndexArguments | FindArguments) -> None:
 
 def _index(arguments: IndexArguments) -> None:
     from .data.shards import is_shards
-    from .exporting.onnx import write_text_tower
+    from .exporting.onnx import trace_text_tower, write_text_tower
     from .retrieval.indexing import embed_share, update_index
     from .retrieval.query import QUICK
     from .training.distributed import is_main, process_group, share
@@ -75,10 +75,11 @@ def _index(arguments: IndexArguments) -> None:
     folder = Path(arguments.index or Path("indexes", (images.parent if is_shards(images) else images).resolve().name))
 
     def prepare(model, temporary: Path) -> None:
-        try:
-            write_text_tower(model, temporary / QUICK)
-        except UserError as error:
-            print(f"find will start slower: {error}", file=sys.stderr)
+        for write in (write_text_tower, trace_text_tower):
+            try:
+                return write(model, temporary / QUICK)
+            except UserError as error:
+                print(f"find will start slower: {error}", file=sys.stderr)
 
     try:
         with process_group():

@@ -99,20 +99,30 @@ def test_grid(photos, tmp_path, explained, capsys, monkeypatch):
     assert Image.open(tmp_path / "x.png").width > 300 and opened == [(tmp_path / "x.png").as_uri()]
 
 
-def test_find_loads_neither_torch_nor_transformers(photos):
-    """With an ONNX text tower; its answers are torch's."""
-    pytest.importorskip("onnxruntime")
-    assert os.path.isfile("indexes/photos/query/text.onnx"), photos.err
+@pytest.mark.parametrize("kind", ["onnx", "TorchScript"])
+def test_find_loads_the_text_tower_alone(photos, kind, monkeypatch):
+    """As ONNX, or as TorchScript where that was missing when the index was made; the answers are the model's."""
+    folder, heavy = "indexes/photos", {"transformers", "timm", "pandas", "matplotlib", "cv2"}
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+        assert os.path.isfile("indexes/photos/query/text.onnx"), photos.err
+        heavy |= {"torch"}
+    else:
+        folder = "indexes/traced"
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "onnxscript", None)
+            run("index", str(photos.run), "photos", "--index", folder, "--device", "cpu")
+        assert sorted(os.listdir(f"{folder}/query")) == ["text.pt", "tokenizer.json"]
     code = (
         "import sys; from clip_scratch import search;"
-        "search.main(search.FindArguments('indexes/photos', ('a red circle',), n=30, json=True));"
-        "heavy = {'torch', 'transformers', 'timm', 'pandas', 'matplotlib', 'cv2'} & sys.modules.keys();"
+        f"search.main(search.FindArguments({folder!r}, ('a red circle',), n=30, json=True));"
+        f"heavy = {heavy} & sys.modules.keys();"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     quick = {r["path"]: r["cosine"] for r in json.loads(done.stdout)[0]["results"]}
-    index = Index.open("indexes/photos")
+    index = Index.open(folder)
     query = encode_text(load(photos.run), "a red circle").numpy()
     assert quick == pytest.approx(dict(index.nearest(["q"], query, 30)[0].pairs), abs=1e-3)
 

@@ -118,6 +118,25 @@ def write_text_tower(model: DualEncoder, folder: Path) -> None:
     )
 
 
+def trace_text_tower(model: DualEncoder, folder: Path) -> None:
+    """Write `text.pt` and `tokenizer.json`: the text tower as TorchScript, which runs with torch alone.
+
+    It takes and gives what `text.onnx` does. TorchScript is deprecated, but a program of torch.export takes longer to
+    load than transformers. Raises UserError where the trace of one batch does not hold for another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(model, folder / "tokenizer.json")
+    tower = _TextTower(_in_fp32(model))
+    tokens = tokenize(["a dog", "two dogs run over the grass", "snow"], model.tokenizer, model.cfg.max_length)
+    try:
+        with _quiet(), torch.no_grad():
+            network = torch.jit.trace(tower, tokens.batch([0, 1]), check_trace=False)
+            torch.testing.assert_close(network(*tokens.batch([2])), tower(*tokens.batch([2])), atol=1e-5, rtol=0)
+            network.save(str(folder / "text.pt"))
+    except Exception as error:  # of the tracer, and of a network that looks at sizes
+        raise UserError(f"the text tower cannot be traced: {str(error).strip().splitlines()[0]}") from error
+
+
 def _in_fp32(model: DualEncoder) -> DualEncoder:
     """A copy of a model on the CPU that computes in fp32."""
     model = copy.deepcopy(model).float().cpu().eval()
