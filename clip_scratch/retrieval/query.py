@@ -1,7 +1,7 @@
 """Queries -> embeddings: sentences, images, and their sums and differences, by the model that an index carries.
 
-An index has the text tower alone, as ONNX or TorchScript: onnxruntime and tokenizers start in a third of a second, torch
-in one and a half, all that a model needs in five.
+An index has the text tower alone, as ONNX or TorchScript: onnxruntime and tokenizers start in a third of a second,
+torch in one and a half, all that a model needs in five.
 """
 
 from __future__ import annotations
