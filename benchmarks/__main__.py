@@ -63,8 +63,9 @@ def main(arguments: Arguments) -> Path:
 
 def run(arguments: Arguments, setup, output: Path, work: str, data: str) -> None:
     """Measure group by group; results are written after each, so that a later error loses none."""
+    from clip_scratch.environment import environment
+
     from . import groups, rows, table
-    from .environment import environment
     from .rounds import take_turns
 
     began = time.perf_counter()

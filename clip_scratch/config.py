@@ -118,6 +118,7 @@ class CFG(metaclass=_Settings):
     channels_last: bool = True  # memory format of the image tower; precision auto measures it too
     sync_batch_norm: bool = False  # batch norm takes its statistics from the images of all processes (GPUs, torchrun)
     compile: bool = False  # torch.compile both towers
+    deterministic: bool = False  # algorithms that give a GPU's runs the same weights each time, as a CPU's have anyway
     cached_views: int = 0  # augmented views to cache per image where a tower is frozen; its features are then computed once; 0: no feature cache
     num_workers: int = 0  # processes that decode images where there is no image cache; 0: decode in the training process
     checkpoint_steps: int = 200  # optimizer steps between checkpoints within an epoch

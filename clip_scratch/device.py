@@ -68,11 +68,23 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error of any device into a UserError that says `advice`."""
+def training_on(cfg: CFG, less_memory: str) -> Iterator[torch.device]:
+    """The device of a run, with `cfg.deterministic` in force. Raises UserError with this advice if memory runs out.
+
+    Where an operation has no deterministic algorithm torch warns and names it.
+    """
+    import torch
+
+    device, before = pick_device(cfg), torch.are_deterministic_algorithms_enabled()
+    keep_freed_memory()
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        yield device
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory: {advice}") from error
+        raise UserError(f"out of memory: {less_memory}") from error
+    finally:
+        torch.use_deterministic_algorithms(before)

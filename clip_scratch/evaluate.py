@@ -1,5 +1,6 @@
 """Measure a run: `python -m clip_scratch.evaluate RUN [--split train|valid|test] [--json F]`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,11 +19,13 @@ def evaluate(
     splits all images are measured, and `split` is "all". Raises UserError for a folder that is no run, a split
     without images and a device that is not available.
     """
-    from .evaluation.measure import checked_split, count_ambiguous, measure, open_captions
+    from .evaluation.measure import checked_split, count_ambiguous, data_changed, measure, open_captions
     from .models.saved import load
 
     model = load(run, device)
     source, split = checked_split(open_captions(model.cfg, captions_path, image_path), split)
+    if not captions_path and data_changed(run, split, source.table):
+        print(f"note: the {split} captions are not those that {run} was trained with", file=sys.stderr)
     counts = {"n_images": int(source.table["image_id"].nunique()), "n_captions": len(source.table)}
     counts["n_ambiguous_captions"] = count_ambiguous(source.table)
     return {**measure(model, source).metrics, "split": split, **counts}

@@ -30,7 +30,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
 
     from .data.captions import fingerprint_of
     from .data.source import open_data
-    from .device import keep_freed_memory, out_of_memory_advice, pick_device
+    from .device import training_on
     from .evaluation.retrieval import recall_at_k
     from .models.saved import save_best
     from .retrieval.embed import embed_batches
@@ -41,10 +41,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     from .training.run import Interrupt, Run
     from .training.wise_ft import average_with_start
 
-    with process_group(cfg) as cfg, Run(cfg) as run, out_of_memory_advice(_less_memory(run.cfg)):
-        device = pick_device(run.cfg)
-        keep_freed_memory()
-
+    with process_group(cfg) as cfg, Run(cfg) as run, training_on(run.cfg, _less_memory(run.cfg)) as device:
         # Data, model, optimizer and schedule: new, or as the last checkpoint left them
         source = open_data(run.cfg)
         run.fingerprint = fingerprint_of(source.split("train")) + fingerprint_of(source.split("valid"))

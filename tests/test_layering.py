@@ -13,7 +13,7 @@ import clip_scratch
 PACKAGE = Path(clip_scratch.__file__).parent
 # Each room may import the ones before it in the chain, but not those beside it; the base modules share one place
 CHAIN = (
-    ("errors", "files", "device", "config", "presets", "hub"),
+    ("errors", "files", "device", "environment", "config", "presets", "hub"),
     ("data",),
     ("models",),
     ("exporting", "retrieval"),

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import clip_scratch.evaluation.retrieval as retrieval
 import clip_scratch.training.report as report
-from clip_scratch import CFG, encode_image, encode_text, find_matches, load
+from clip_scratch import CFG, encode_image, encode_text, environment, find_matches, load
 from clip_scratch.cli import parse
 from clip_scratch.errors import UserError
 from clip_scratch.evaluate import evaluate
@@ -425,9 +426,45 @@ def test_the_same_seed_gives_the_same_run_and_another_another(cfg, plain, tmp_pa
 
 
 def test_workers_make_no_difference_to_a_run(cfg, plain, tmp_path):
-    a = main(dataclasses.replace(cfg, epochs=1))
-    b = main(dataclasses.replace(cfg, epochs=1, num_workers=1, run_dir=str(tmp_path / "b")))
-    assert same(last_of(a)["model"], last_of(b)["model"])
+    cfg = dataclasses.replace(cfg, epochs=1, image_cache=False)
+    a, *others = (
+        main(dataclasses.replace(cfg, num_workers=workers, run_dir=str(tmp_path / f"{workers}")))
+        for workers in (0, 1, 3)
+    )
+    assert all(same(last_of(a)["model"], last_of(other)["model"]) for other in others)
+
+
+def test_a_run_records_what_its_figures_depend_on(cfg, plain, capsys, tmp_path, monkeypatch):
+    asked, use = [], torch.use_deterministic_algorithms
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **_: asked.append(on) or use(on, **_))
+    captions = Path(shutil.copy(cfg.captions_path, tmp_path / "captions.txt"))
+    run = main(dataclasses.replace(cfg, epochs=1, captions_path=captions, deterministic=True))
+    assert asked[0] and not asked[-1]
+    record = json.loads((run / "environment.json").read_text())
+    assert record["packages"]["torch"] and record["processor"] and set(record["data"]) == {"train", "valid"}
+    evaluate(run)
+    assert "are not those" not in capsys.readouterr().err
+    rows = captions.read_text().splitlines()
+    captions.write_text("\n".join([rows[0], *(row + "!" for row in rows[1:])]))
+    evaluate(run)
+    assert f"the valid captions are not those that {run} was trained with" in capsys.readouterr().err
+
+
+def test_the_commit_is_this_package_s(tmp_path, monkeypatch):
+    """Not that of a repository whose .venv has the package."""
+    before = environment.git_commit.__wrapped__()
+    folder = tmp_path / ".venv/clip_scratch"
+    folder.mkdir(parents=True)
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(environment, "__file__", str(folder / "environment.py"))
+    assert environment.git_commit.__wrapped__() is None
+    shutil.move(folder, tmp_path / "clip_scratch")
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "clip_scratch/environment.py"))
+    assert environment.git_commit.__wrapped__() not in (None, "", before)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cfg, monkeypatch, plain):

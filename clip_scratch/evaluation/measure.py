@@ -15,9 +15,11 @@ from ..config import CFG
 from ..data.captions import check_images, fingerprint_of, image_folder, plain_words, read_captions
 from ..data.loaders import build_loaders
 from ..data.source import DataSource
+from ..environment import RECORD
 from ..errors import UserError
 from ..files import write_json
 from ..models.clip import DualEncoder
+from ..models.saved import best_folder
 from ..retrieval.embed import embed_batches
 from .retrieval import ranks, recalls_of
 
@@ -50,6 +52,13 @@ def checked_split(source: DataSource, split: str) -> tuple[DataSource, str]:
     split = WHOLE if set(source.table["split"]) == {WHOLE} else split
     rows = check_images(source.split(split), source.image_folder, source.cfg.on_bad_image)
     return dataclasses.replace(source, table=rows), split
+
+
+def data_changed(run: str | Path, split: str, table: pd.DataFrame) -> bool:
+    """Whether a split of the captions that a run was trained with has other rows now; False where no record tells."""
+    record = best_folder(run).parent / RECORD
+    known = json.loads(record.read_text())["data"].get(split) if record.is_file() else None
+    return known is not None and known != fingerprint_of(table)
 
 
 def count_ambiguous(table: pd.DataFrame) -> int:

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from ..config import CFG
+from ..environment import git_commit
 from ..errors import UserError
 from ..hub import HUB_FILES, hub_access, is_function
-from ..models.saved import git_commit
 
 # Settings that are paths: the card leaves them out
 _LOCAL = ("captions_path", "valid_captions_path", "test_captions_path", "image_path", "cache_path", "run_dir", "resume")
@@ -86,7 +86,7 @@ biases of its data. Nobody has tested it for anything but retrieval.
 
 ## Settings
 
-clip_scratch {git_commit()}; what differs from the defaults:
+clip_scratch {git_commit() or ""}; what differs from the defaults:
 
 ```text
 {settings}

@@ -8,12 +8,10 @@ metrics.json         epoch, metrics and git commit again, beside the tokenizer's
 Nothing is unpickled. An encoder of the user's own, `module:function`, is imported, but not from the run folder.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import torch
 
 from ..config import CFG
 from ..device import pick_device
+from ..environment import git_commit
 from ..errors import UserError
 from ..files import write_atomically, write_json
 from ..hub import HUB, hub_cache, hub_snapshot, is_function
@@ -30,14 +29,6 @@ from .freezing import merged_state
 
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 RELEASED = Path(__file__).parents[1] / "released"  # models that come with the package
-
-
-def git_commit() -> str:
-    """The commit of this code, or "" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    return ""
 
 
 def prepare_best(folder: Path, model: DualEncoder, cfg: CFG) -> None:
@@ -55,7 +46,7 @@ def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[st
     LoRA's updates are merged into the weights, so that loading needs no PEFT; in bf16 the merged model's metrics may
     differ from `metrics` in the last digit shown.
     """
-    header = {"format": "pt", "epoch": str(epoch), "metrics": json.dumps(metrics), "git_commit": git_commit()}
+    header = {"format": "pt", "epoch": str(epoch), "metrics": json.dumps(metrics), "git_commit": git_commit() or ""}
     # Copies, since safetensors refuses tensors that share their memory, as T5's embeddings do
     state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in merged_state(model).items()}
     write_atomically(folder / WEIGHTS, lambda temporary: write_tensors(temporary, state, header))

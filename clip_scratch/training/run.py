@@ -1,6 +1,7 @@
 """A run folder, held by one process: its settings, best and last checkpoints, metrics, and how it is resumed.
 
 config.json                 the settings that were asked for
+environment.json            machine, versions, commit, and the fingerprints of the data
 metrics.jsonl               a line per epoch
 best/                       the best model (models/saved.py); its config.json has the resolved settings
 last/training.safetensors   all that a resume needs: tensors and JSON, nothing is unpickled
@@ -20,8 +21,9 @@ from pathlib import Path
 import torch
 
 from ..config import CFG
+from ..environment import RECORD, environment
 from ..errors import UserError
-from ..files import remove_unfinished, write_atomically
+from ..files import remove_unfinished, write_atomically, write_json
 from ..models.clip import DualEncoder
 from ..models.saved import bare_model, prepare_best, run_config, write_tensors
 from ..presets import PRESETS
@@ -30,7 +32,7 @@ from .state import TrainState
 
 STATE = "training.safetensors"
 # A run that was killed before its settings were written holds no more than these, and starts again
-_UNFINISHED = {"best", "last", "retrieval.png", "zero_shot.json", "zero_shot.safetensors"}
+_UNFINISHED = {"best", "last", "retrieval.png", "zero_shot.json", "zero_shot.safetensors", RECORD}
 # What a resume may change: nothing that touches the shapes of the weights, the data or the order of batches
 FREE_ON_RESUME = {
     "resume", "run_dir", "device", "num_workers", "checkpoint_steps", "on_bad_image", "image_cache", "cache_path",
@@ -89,12 +91,13 @@ class Run:
         if self._lock:
             self._lock.release()
 
-    def begin(self, model: DualEncoder) -> None:
-        """Make the folder of a new run, with what never changes in `best/`."""
+    def begin(self, model: DualEncoder, data: dict[str, str]) -> None:
+        """Make the folder of a new run, with what never changes; `data` are the fingerprints of the splits."""
         if not self.writes:
             return
         self._claim()
         prepare_best(self.best, model, model.cfg)
+        write_json(self.folder / RECORD, environment() | {"data": data})
 
     def resumed_model(self) -> DualEncoder:
         """The model of a resumed run without its weights, and with its resolved settings."""

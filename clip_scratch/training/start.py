@@ -59,7 +59,7 @@ def begin(
     progress = state.progress
     image_rank, text_rank = ranks(*embeddings)
     progress.start, progress.start_logit_scale = recalls_of(image_rank, text_rank), model.logit_scale.item()
-    run.begin(model)
+    run.begin(model, {split: fingerprint_of(rows) for split, rows in source.table.groupby("split")})
     if report.is_pretrained:  # epoch 0: the best one until a better one comes
         progress.best_rsum = progress.start["rsum"]
     if report.is_pretrained and run.writes:
@@ -119,7 +119,7 @@ def _settle_precision(model: DualEncoder, loader: Loader) -> CFG:
     cfg, device = model.cfg, model.device
     if cfg.precision != "auto":
         return cfg
-    if planned_steps(loader, cfg) >= MIN_STEPS and device.type in ("cpu", "cuda"):
+    if planned_steps(loader, cfg) >= MIN_STEPS and device.type in ("cpu", "cuda") and not cfg.deterministic:
         cfg, message = choose_precision(model, next(iter(loader)), cfg)
         loader.start(0)
     else:

@@ -1,7 +1,8 @@
-"""What the figures depend on: processor, memory, system, versions, threads, commit and date."""
+"""What the figures of a run depend on: processor, memory, system, versions, threads, commit and date."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+RECORD = "environment.json"  # in a run folder
 _PACKAGES = (
     "torch", "torchvision", "timm", "transformers", "tokenizers", "albumentations", "opencv-python-headless", "numpy",
     "pandas", "pillow", "open_clip_torch",
@@ -25,7 +27,7 @@ def environment() -> dict[str, object]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "git_commit": _commit(),
+        "git_commit": git_commit(),
         "processor": model,
         "processor_flags": flags,
         "cores": os.cpu_count(),
@@ -64,11 +66,15 @@ def _memory() -> int | None:
         return None
 
 
-def _commit() -> str | None:
-    """The checked-out commit, with + for local changes; None outside a git checkout."""
-    options = ("--always", "--dirty=+", "--abbrev=12", "--exclude=*")
-    command = ["git", "-C", str(Path(__file__).parent), "describe", *options]
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of this package, with + for local changes; None outside its own checkout, as in a user's .venv."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    options = {"capture_output": True, "text": True, "check": True, "timeout": 5}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        if subprocess.run([*git, "rev-parse", "--show-prefix"], **options).stdout.strip() != "clip_scratch/":
+            return None
+        describe = ("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*")
+        return subprocess.run([*git, *describe], **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
