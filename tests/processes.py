@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 _FORKSERVER = sys.platform == "linux"
 _CONTEXT = multiprocessing.get_context("forkserver" if _FORKSERVER else "spawn")
@@ -60,13 +62,17 @@ class Command:
 
 
 def _run(words, cwd, environment, files):
-    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     for number, file in enumerate(files, 1):
         with open(file, "w") as opened:
             os.dup2(opened.fileno(), number)
     sys.stdout.reconfigure(line_buffering=True)
+    _python(words, cwd)
+
+
+def _python(words, cwd):
+    os.chdir(cwd)
     sys.argv = words
     if words[0] == "-m":
         sys.argv = words[1:]
@@ -86,3 +92,14 @@ def together(processes, words, cwd):
             commands.append(Command(words, cwd, address | ranks))
             stack.callback(commands[-1].process.kill)
         return [command.wait() for command in commands]
+
+
+def torchrun(processes, words, cwd, restarts=0):
+    """A command under torchrun's engine, which restarts all processes where one dies; the first one's output."""
+    logs = DefaultLogsSpecs(log_dir=str(Path(cwd, ".logs")), redirects=Std.ALL)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=restarts, monitor_interval=0.1,
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", start_method=_CONTEXT.get_start_method(), logs_specs=logs,
+    )  # fmt: skip
+    elastic_launch(config, _python)([*map(str, words)], str(cwd))
+    return "".join(path.read_text() for path in sorted(Path(cwd, ".logs").rglob("0/stdout.log")))
