@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
@@ -149,18 +150,26 @@ def tiny_tokenizer(_trained_tokenizer):
 
 @pytest.fixture(scope="session")
 def scene_run(tmp_path_factory):
-    """A finished run on 240 built-in scenes: `.folder` of the run, and `.cwd`, where its data lie."""
+    """A finished run on 240 built-in scenes: `.folder` of the run, and `.cwd`, where its data lie. Workers share it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "scenes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            _train_on_scenes(folder)
+    return SimpleNamespace(folder=folder / "runs/scenes", cwd=folder)
+
+
+def _train_on_scenes(cwd):
     from clip_scratch.presets import PRESETS
     from clip_scratch.train import main
 
-    cwd = tmp_path_factory.mktemp("scenes")
+    cwd.mkdir()
     settings = {"size": 32, "model_name": "test_resnet", "text_encoder_model": "bert-tiny", "n_scenes": 240}
     settings |= {"batch_size": 16, "epochs": 5, "warmup_steps": 4, "max_length": 32, "device": "cpu"}
     settings |= {"image_encoder_lr": 2e-3, "text_encoder_lr": 1e-3}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        folder = main(PRESETS["scenes"](**settings, run_dir="runs/scenes"))
-    return SimpleNamespace(folder=cwd / folder, cwd=cwd)
+        main(PRESETS["scenes"](**settings, run_dir="runs/scenes"))
 
 
 # ---- pretrained CLIPs of transformers, small enough to make
