@@ -26,7 +26,7 @@ Rounds = list[dict[str, Figures]]  # a round: contender -> its figures
 _PRELOAD = ["torch", "timm", "transformers", "albumentations", "cv2", "pandas", "benchmarks.contenders"]
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def process_context() -> multiprocessing.context.BaseContext:
     os.environ.setdefault("TQDM_DISABLE", "1")  # inherited by the children
     if sys.platform != "linux":  # elsewhere fork is unsafe or does not exist
         return multiprocessing.get_context("spawn")
@@ -79,7 +79,7 @@ class Child:
 
     def __init__(self, name: str, build: Callable[[], object]):
         self.name = name
-        context = _context()
+        context = process_context()
         self.pipe, far_end = context.Pipe()
         # not a daemon: a contender may start workers
         self.process = context.Process(target=_serve, args=(far_end, build), name=name)

@@ -1,11 +1,15 @@
 """What the user did wrong, in one clear line, and the exit statuses of the commands."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
 
 USER_ERROR, INTERRUPTED = 2, 130
+# What a disk or a file system may say at any time: it is full, read-only, gone, or not the user's
+_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENODEV, getattr(errno, "EDQUOT", 0)}
+_DISK |= {getattr(errno, "ESTALE", 0), errno.EMFILE, errno.ENFILE}
 
 
 class UserError(Exception):
@@ -38,6 +42,12 @@ def run_command(command: Callable[[], object]) -> None:
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}. What was saved before is whole", file=sys.stderr)
+        sys.exit(USER_ERROR)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -20,7 +20,10 @@ _ANNOUNCED = 5e8  # bytes from which a cache is announced before it is written
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
-    """Have `write` fill a temporary file beside `path`, of `size` bytes at first, sync it and rename it to `path`."""
+    """Have `write` fill a temporary file beside `path`, of `size` bytes at first, sync it and rename it to `path`.
+
+    Raises OSError with the file's name, which Python leaves out where a disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if size:
@@ -29,6 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
         with open(temporary, "rb+") as file:  # Windows cannot sync a file that is open for reading
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # Windows cannot delete a file that a traceback still maps
             temporary.unlink(missing_ok=True)

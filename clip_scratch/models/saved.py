@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -61,7 +62,12 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
     try:
         save_file(tensors, path, metadata=header)
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        reason = re.search(r"(.*) \(os error (\d+)\)", str(error))
+        if not reason:
+            raise OSError(str(error)) from error
+        needed = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+        reason, number = reason[1].rpartition(": ")[2], int(reason[2])
+        raise OSError(number, f"{reason}; {needed:,.1f} MB are needed") from error
 
 
 def best_folder(run: str | Path) -> Path:

@@ -1,0 +1,508 @@
+"""What was tried to break the commands, and how often they survived: `python -m benchmarks.faults`.
+
+    python -m benchmarks.faults --kills 200          as root, for the small disks; about an hour on two cores
+    python -m benchmarks.faults --only captions images --fuzz 1000
+
+kills      SIGKILL, SIGINT or SIGTERM at a random moment of training, tuning, drawing, sharding, indexing and exporting:
+           the same command, or --resume, goes on and ends with the same bytes
+disks      a tmpfs that fills up at a random write: one line and status 2; with more room it goes on to the same bytes
+captions   captions files of every format with bytes changed, cut, doubled: a table or one UserError
+images     image files of every format, changed in the same ways, and the broken files that people have: pixels, or a
+           fault that the reports name
+models     files of a run, an index and an exported folder cut, changed, swapped, replaced by a pickle: a UserError or a
+           model; the pickle is never opened
+soak       training, indexing and searching in one process for --soak minutes: memory, file handles, temporary files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clip_scratch.errors import UserError, run_command
+
+from .rounds import process_context
+
+TRAIN = [
+    "clip_scratch.train", "scenes", "--n-scenes", "120", "--size", "32", "--model-name", "test_resnet",
+    "--text-encoder-model", "bert-tiny", "--batch-size", "16", "--epochs", "3", "--device", "cpu", "--ema", "0.9",
+    "--checkpoint-steps", "2", "--precision", "fp32", "--minutes", "0", "--run-dir", "out",
+]  # fmt: skip
+TUNE = [
+    "clip_scratch.train", "hf_clip", "--model-name", "../clip", "--n-scenes", "120", "--batch-size", "16", "--epochs",
+    "2", "--device", "cpu", "--checkpoint-steps", "2", "--precision", "fp32", "--run-dir", "out",
+]  # fmt: skip
+SHARDS = ["clip_scratch.prepare", "shards", "--captions-path", "../data", "--out", "out", "--shard-size", "9"]
+INDEX = ["clip_scratch.search", "index", "scenes-tiny", "../data/Images", "--device", "cpu", "--index", "out"]
+JOBS = {
+    "train": TRAIN,
+    "train, micro-batches": [*TRAIN, "--micro-batch-size", "6"],
+    "train, cached features": [*TRAIN, "--image-freeze", "backbone", "--cached-views", "2"],
+    "fine-tune": TUNE,
+    "prepare scenes": ["clip_scratch.prepare", "scenes", "--n", "400", "--out", "out"],
+    "prepare shards": SHARDS,
+    "search index": INDEX,
+    "export": ["clip_scratch.export", "../run", "out"],
+}
+# Files that hold times, or the order of a directory
+_UNEQUAL = {"metrics.jsonl", "environment.json", ".lock", "manifest.db", "manifest.db-wal", "manifest.db-shm"}
+
+
+@dataclass
+class Arguments:
+    """Try to break the commands; prints a table of what was tried and survived."""
+
+    only: list[str] = field(default_factory=list)  # kills, disks, captions, images, models, soak; none: all
+    kills: int = 200  # processes to kill, and a quarter as many disks to fill
+    fuzz: int = 10_000  # captions files, and images
+    soak: float = 5.0  # minutes
+    seed: int = 0
+
+
+def main(arguments: Arguments) -> Counter:
+    """Run the trials; returns how many of each kind ended how. Raises UserError for an unknown kind."""
+    kinds = {"kills": kills, "disks": disks, "captions": captions, "images": images, "models": models, "soak": soak}
+    for name in arguments.only:
+        if name not in kinds:
+            raise UserError(f"--only takes {', '.join(kinds)}, not {name!r}")
+    tally: Counter = Counter()
+    with tempfile.TemporaryDirectory(prefix="clip-scratch-faults-") as work:
+        for name in arguments.only or kinds:
+            kinds[name](arguments, Path(work), lambda what, outcome: tally.update([(what, outcome)]))
+    width = max(len(what) for what, _ in tally)
+    print(f"\n{'tried':<{width}} {'times':>7}  outcome")
+    for (what, outcome), times in sorted(tally.items()):
+        print(f"{what:<{width}} {times:>7,}  {outcome}")
+    return tally
+
+
+# ---- commands in processes of their own
+
+
+def _child(words: list[str], cwd: Path, said: Path) -> None:
+    import runpy
+
+    os.chdir(cwd)
+    os.environ["XDG_CACHE_HOME"] = str(cwd / "cache")
+    for number in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def start(words: list[str], cwd: Path, said: Path):
+    """A command in a process that is forked from one with the libraries."""
+    said.unlink(missing_ok=True)
+    process = process_context().Process(target=_child, args=(words, cwd, said))
+    process.start()
+    return process
+
+
+def finish(words: list[str], cwd: Path, said: Path) -> int:
+    """Run a command to its end; its exit status."""
+    process = start(words, cwd, said)
+    process.join(600)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def go_on(words: list[str], cwd: Path, said: Path) -> int:
+    """Run a command again as a user would: a run is resumed where there is one, an export that is done stays."""
+    if words[0] == "clip_scratch.train" and (cwd / "out/config.json").exists():
+        return finish([words[0], "--resume", "out"], cwd, said)
+    if words[0] == "clip_scratch.export" and (cwd / "out").exists():
+        return 0
+    return finish(words, cwd, said)
+
+
+def digest(folder: Path) -> str:
+    """The SHA-256 of all files but those that hold times; of an index its embeddings by name."""
+    sha = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name in _UNEQUAL or "tfevents" in path.name or path.name == "embeddings.f16":
+            continue
+        if path.name == "training.safetensors":
+            from clip_scratch.training.run import load_tree
+
+            weights = load_tree(path)["model"]
+            content = b"".join(weights[name].numpy().tobytes() for name in sorted(weights))
+        else:
+            content = path.read_bytes()
+        sha.update(path.relative_to(folder).as_posix().encode() + content)
+    if (folder / "index.json").exists():
+        from clip_scratch.retrieval.index import Index
+
+        found = Index.open(folder).search("a red circle", n=10_000)
+        sha.update(repr(sorted((name, round(score, 2)) for name, score in found)).encode())
+    return sha.hexdigest()
+
+
+def _materials(work: Path) -> None:
+    """data/, run/ and clip/: what the jobs start from."""
+    if (work / "clip").exists():
+        return
+    from clip_scratch.data.scenes.write import write_scenes
+
+    from .same_figures import small_clip
+
+    write_scenes(work / "data", 200, seed=3, progress=False)
+    small_clip(work / "clip", ["a red circle left of a blue square", "a small green star above a big yellow heart"] * 9)
+    assert finish([*TRAIN[:-1], "run", "--head", "linear"], work, work / "said") == 0, (work / "said").read_text()[-2000:]
+
+
+def _whole(words: list[str], work: Path) -> tuple[str, float]:
+    """The digest of what a command leaves, and its seconds."""
+    folder = work / "whole"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    began = time.monotonic()
+    status = finish(words, folder, work / "said")
+    assert status == 0, (work / "said").read_text()[-2000:]
+    return digest(folder / "out"), time.monotonic() - began
+
+
+def _outcome(status: int, folder: Path, expected: str, said: Path) -> str:
+    if status:
+        return f"FAILED to go on: {said.read_text()[-300:]}"
+    if found := [path.name for path in (folder / "out").rglob(".*.tmp")]:
+        return f"LEFT temporary files: {found[:3]}"
+    return "the same bytes in the end" if digest(folder / "out") == expected else "OTHER bytes in the end"
+
+
+def kills(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
+    """Signals at random moments of every job."""
+    _materials(work)
+    chance = random.Random(arguments.seed)
+    for number, (name, words) in enumerate(JOBS.items()):
+        expected, seconds = _whole(words, work)
+        share = arguments.kills // len(JOBS) + (number < arguments.kills % len(JOBS))
+        for n in range(share):
+            kind = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[n % 4]
+            folder, said = work / "killed", work / "said"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            process = start(words, folder, said)
+            time.sleep(chance.uniform(0, seconds))
+            if process.exitcode is None:
+                os.kill(process.pid, kind)
+            process.join()
+            if kind == signal.SIGINT and "Traceback" in said.read_text() * said.exists():
+                count(f"{kind.name} in {name}", "a TRACEBACK")
+            count(f"{kind.name} in {name}", _outcome(go_on(words, folder, said), folder, expected, said))
+
+
+def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
+    """Small disks, which fill up at a random write."""
+    _materials(work)
+    disk = work / "disk"
+    disk.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
+        print("disks: left out, only root can mount a small disk here")
+        return
+    chance = random.Random(arguments.seed)
+    try:
+        for name, words in JOBS.items():
+            expected, _ = _whole(words, work)
+            size = sum(path.stat().st_size for path in (work / "whole").rglob("*") if path.is_file())
+            for link in ("data", "clip", "run"):
+                (disk / link).unlink(missing_ok=True)
+                (disk / link).symlink_to(work / link)
+            for _ in range(max(1, arguments.kills // 4 // len(JOBS))):
+                folder, said = disk / "job", work / "said"
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                room = int(size * chance.uniform(0.05, 1.0)) // 4096 * 4096 + 65536
+                subprocess.run(["mount", "-o", f"remount,size={room}", str(disk)], check=True)
+                status = finish(words, folder, said)
+                text = said.read_text()
+                subprocess.run(["mount", "-o", f"remount,size={100 * size}", str(disk)], check=True)
+                if status not in (0, 2) or "Traceback" in text:
+                    count(f"a full disk in {name}", f"STATUS {status}: {text[-300:]}")
+                elif status == 0:
+                    count(f"a full disk in {name}", "there was room enough")
+                else:
+                    outcome = _outcome(go_on(words, folder, said), folder, expected, said)
+                    count(f"a full disk in {name}", f"one line, then {outcome}")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---- fuzzed files
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """A file's content with one to three of the things done to it that happen to files, and some that do not."""
+    for _ in range(chance.randint(1, 3)):
+        at, from_, n = (
+            chance.randrange(len(content) + 1),
+            chance.randrange(len(content) + 1),
+            chance.choice((1, 4, 256)),
+        )
+        piece = chance.choice((
+            b"", bytes(n), chance.randbytes(n), content[from_ : from_ + n],
+            chance.choice((b'"', b"\n", b"\r", b",", b"{", b"]", b"\xff", b"\\", b"\t")),
+        ))  # fmt: skip
+        skipped = chance.choice((0, n, len(content)))  # inserted, in the place of others, or the end is cut off
+        content = content[:at] + piece + content[at + skipped :]
+    return content.decode("latin-1").encode("utf-16") if chance.random() < 0.02 else content
+
+
+def _within(seconds: float, call: Callable, *args: object) -> str:
+    """How a call ended: its result's type, a UserError, or what it should not."""
+
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return type(call(*args)).__name__
+    except UserError as error:
+        return "one clear error" if len(str(error)) < 2000 else f"a LONG error: {str(error)[:200]}"
+    except TimeoutError:
+        return f"longer than {seconds:g} s"
+    except Exception as error:
+        return f"UNEXPECTED {type(error).__name__}: {str(error)[:200]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _captions_files() -> dict[str, bytes]:
+    rows = [(f"{i % 7}.jpg", f"a dog, number {i}, runs “fast”") for i in range(21)]
+    table = "\n".join(f'{image},"{caption}",{"train" if i % 3 else "val"}' for i, (image, caption) in enumerate(rows))
+    records = [{"image": image, "caption": caption, "label": "dog"} for image, caption in rows]
+    described = {"split": "train", "sentences": [{"raw": caption} for _, caption in rows[:5]]}
+    karpathy = {"dataset": "x", "images": [{"filename": f"{i}.jpg", **described} for i in range(7)]}
+    texts = {
+        "captions.csv": f"image,caption,split\n{table}\n",
+        "captions.tsv": "image\tcaption\n" + "\n".join("\t".join(row) for row in rows),
+        "Flickr8k.token.txt": "\n".join(f"{image}#{i % 5}\t{caption}" for i, (image, caption) in enumerate(rows)),
+        "results.csv": "image_name| comment_number| comment\n"
+        + "\n".join(f"{image}| {i % 5}| {caption}" for i, (image, caption) in enumerate(rows)),
+        "dataset_flickr8k.json": json.dumps(karpathy),
+        "captions.json": json.dumps(records),
+        "captions.jsonl": "\n".join(map(json.dumps, records)),
+    }  # fmt: skip
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def captions(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
+    """Fuzzed captions files, through every reader."""
+    from clip_scratch.config import CFG
+    from clip_scratch.data.captions import read_captions
+
+    files, chance = list(_captions_files().items()), random.Random(arguments.seed)
+    for n in range(arguments.fuzz):
+        name, content = files[n % len(files)]
+        folder = work / "fuzz"
+        folder.mkdir(exist_ok=True)
+        path = folder / name
+        path.write_bytes(mutated(content, chance))
+        with _silent():
+            outcome = _within(10, read_captions, CFG(captions_path=str(path), image_path=str(folder)))
+        count(f"fuzzed {name}", outcome)
+        path.unlink()
+
+
+def _image_files() -> dict[str, bytes]:
+    """Small images of every format, and files as people have them."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    image, files = Image.fromarray(pixels), {}
+
+    def save(name: str, image: Image.Image, **options: object) -> None:
+        buffer = io.BytesIO()
+        image.save(buffer, name.rpartition(".")[2].replace("jpg", "jpeg").replace("tif", "tiff"), **options)
+        files[name] = buffer.getvalue()
+
+    exif = Image.Exif()
+    exif[274], exif[306] = 6, "2020:07:14 18:30:00"
+    save("exif.jpg", image, exif=exif)
+    save("progressive.jpg", image, progressive=True)
+    save("cmyk.jpg", image.convert("CMYK"))
+    save("grey.png", image.convert("L"))
+    save("palette.png", image.convert("P"))
+    save("alpha.png", image.convert("RGBA"))
+    save("16bit.png", Image.fromarray(pixels[..., 0].astype(np.uint16) << 8))
+    save("float.tif", Image.fromarray(pixels[..., 0].astype(np.float32) / 255))
+    save("animated.gif", image, save_all=True, append_images=[image.rotate(90), image.rotate(180)])
+    save("animated.webp", image, save_all=True, append_images=[image.rotate(90)])
+    save("plain.bmp", image)
+    return files
+
+
+BROKEN = {
+    "zero bytes": b"",
+    "HTML": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+    "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "EXIF garbage": b"\xff\xd8\xff\xe1\x00\x20Exif\x00\x00" + bytes(range(200, 224)) + b"\xff\xd9",
+    "a bomb": b"BM" + bytes(16) + (100_000).to_bytes(4, "little") * 2 + bytes(28),
+}
+
+
+def images(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
+    """Fuzzed image files, one by one; then a run on a data set of which 1 % are broken."""
+    from clip_scratch.data.images import load_image, reading
+
+    def load(path: Path):
+        with reading(path):
+            return load_image(path)
+
+    files, chance = list(_image_files().items()), random.Random(arguments.seed)
+    for n in range(arguments.fuzz):
+        name, content = files[n % len(files)]
+        path = work / name
+        path.write_bytes(mutated(content, chance))
+        with _silent():
+            outcome = _within(10, load, path)
+        count(f"fuzzed {name}", outcome)
+        path.unlink()
+    _materials(work)
+    folder = work / "one percent"
+    shutil.copytree(work / "data", folder)
+    names = sorted(path.name for path in (folder / "Images").iterdir())
+    odd = {"cut in half": (folder / "Images" / names[0]).read_bytes()[:200]} | BROKEN
+    broken = names[:: max(1, len(names) // len(odd))][: len(odd)]  # 3 %: each kind once
+    for name, content in zip(broken, odd.values(), strict=True):
+        (folder / "Images" / name).write_bytes(content)
+    fine = [name for name in names if name not in broken]
+    for name, content in zip(fine, _image_files().values(), strict=False):  # unusual, or under a wrong extension
+        (folder / "Images" / name).write_bytes(content)
+    settings = ["--captions-path", str(folder), "--on-bad-image", "skip"]
+    words = [word for word in TRAIN if word not in ("--n-scenes", "120")]
+    status = finish([*words, *settings], folder, work / "said")
+    said = (work / "said").read_text()
+    missing = [name for name in broken if name not in said]
+    count("a run with broken images", f"MISSED {missing}" if status or missing else "completed, all were listed")
+
+
+class _Bomb:
+    def __reduce__(self):
+        return os.mkdir, (str(Path(tempfile.gettempdir(), "clip-scratch-bomb")),)
+
+
+def models(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
+    """Damaged and foreign files in a run, an index and an exported folder."""
+    from clip_scratch import CFG, Index, load
+    from clip_scratch.models.hf_clip import HFCLIPModel
+    from clip_scratch.train import main as train
+
+    _materials(work)
+    os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+    bomb = Path(tempfile.gettempdir(), "clip-scratch-bomb")
+    bomb.rmdir() if bomb.exists() else None
+    if not (work / "index").exists():
+        assert finish([*INDEX[:-1], "../index"], work / "data", work / "said") == 0, (work / "said").read_text()[-2000:]
+    opened = {
+        "run": lambda folder: load(folder, "cpu"),
+        "run, resumed": lambda folder: train(CFG(resume=str(folder))),
+        "index": lambda folder: Index.open(folder).search("a red circle"),
+        "clip": lambda folder: HFCLIPModel(CFG(backend="hf_clip", model_name=str(folder), device="cpu")),
+    }
+    chance = random.Random(arguments.seed)
+    damages = {
+        "cut": lambda content: content[: chance.randrange(len(content) + 1)],
+        "changed": lambda content: mutated(content, chance),
+        "a pickle": lambda content: pickle.dumps(_Bomb()),
+        "empty": lambda content: b"",
+        "other JSON": lambda content: b'{"a": [1, {"b": null}]}',
+    }
+    for kind, open_folder in opened.items():
+        whole = work / kind.partition(",")[0]
+        files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and path.stat().st_size]
+        for name in files:
+            for damage, change in damages.items():
+                folder = work / "damaged"
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(whole, folder)
+                (folder / name).write_bytes(change((whole / name).read_bytes()))
+                with _silent():
+                    outcome = _within(120, open_folder, folder)
+                outcome = outcome if outcome[0].islower() or outcome.startswith("UNEXPECTED") else "opened"
+                if outcome.startswith("UNEXPECTED"):
+                    outcome = f"{name}: {outcome}"
+                count(f"{kind}: {damage}", "EXECUTED" if bomb.exists() else outcome)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with (
+        open(os.devnull, "w") as sink,
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+# ---- hours of it
+
+
+def _state() -> tuple[float, int]:
+    """Resident MB, and open file handles."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6, len(os.listdir("/proc/self/fd"))
+
+
+def soak(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
+    """Train, index and search again and again in one process."""
+    from clip_scratch import Index
+    from clip_scratch.cli import parse
+    from clip_scratch.retrieval.indexing import update_index
+    from clip_scratch.train import main as train
+
+    _materials(work)
+    os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+    began, rounds, states = time.monotonic(), 0, []
+    before = os.getcwd()
+    os.chdir(work)
+    while time.monotonic() - began < 60 * arguments.soak or rounds < 4:
+        folder = work / f"soak{rounds % 2}"
+        shutil.rmtree(folder, ignore_errors=True)
+        with _silent():
+            run = train(parse([*TRAIN[1:-1], str(folder / "run")]))
+            update_index(run, work / "data/Images", folder / "index", device="cpu")
+            index = Index.open(folder / "index")
+            for n in range(200):
+                index.search(f"a red circle {n}")
+        states.append(_state())
+        rounds += 1
+    os.chdir(before)
+    left = list(work.rglob(".*.tmp"))
+    (first, handles), (last, handles_then) = states[min(2, rounds - 2)], states[-1]
+    count(
+        "rounds of training, indexing, 200 searches",
+        f"{rounds} in {(time.monotonic() - began) / 60:.0f} min: {first:.0f} MB and {handles} file handles after the "
+        f"third, {last:.0f} MB and {handles_then} after the last; {len(left)} temporary files",
+    )
+
+
+if __name__ == "__main__":
+    import tyro
+
+    run_command(lambda: main(tyro.cli(Arguments, prog="python -m benchmarks.faults")))
