@@ -113,7 +113,7 @@ def check(
     check_target(html, ".html")
     check_target(fix, ".csv")
     if fix and os.path.lexists(fix):
-        raise UserError(f"--fix: {fix} exists, and no file is overwritten. Name a new one")
+        raise UserError(f"{fix} exists, and no file is overwritten. Set --fix to a new one")
     if run:
         from .evaluation.misfits import add_misfits
         from .models.saved import load

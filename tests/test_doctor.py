@@ -11,16 +11,20 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
+from torch.nn.functional import normalize
 
 from clip_scratch import CFG, prepare
 from clip_scratch.data.captions import read_captions
 from clip_scratch.data.doctor import FINDINGS, examine, repaired
 from clip_scratch.data.duplicates import MOST_BITS, duplicate_pairs, near_pairs, signature
+from clip_scratch.data.scenes.write import write_scenes
 from clip_scratch.data.source import open_data
 from clip_scratch.errors import UserError
+from clip_scratch.evaluation.misfits import fit
 
 RNG = np.random.default_rng(0)
 PHOTOS = [cv2.resize(RNG.integers(0, 256, (7, 9, 3), np.uint8), (90, 70), interpolation=2) for _ in range(20)]
@@ -73,7 +77,7 @@ def test_a_clean_data_set_has_no_findings(data):
     assert not report.findings, report.text()
     assert "Nothing is wrong" in report.text() and "Nothing is wrong" in report.html()
     assert report.text().splitlines()[1].split()[:3] == ["train", "12", "12"]
-    assert "read as table; image = image, caption = caption, split = split" in report.text()
+    assert "read as table: image = image, caption = caption, split = split" in report.text()
 
 
 def test_faults_of_images_are_all_found(data, capsys):
@@ -149,7 +153,8 @@ def test_duplicates_within_and_across_splits(data):
         "duplicates": {("01.jpg", "copy.jpg")},
         "near_duplicates": {("02.jpg", "small.jpg")},
     }
-    left = set(report.cleaned()[0]["image"])
+    report.write_cleaned(data.path.parent / "out.csv")
+    left = set(pd.read_csv(data.path.parent / "out.csv")["image"])
     assert not {"01.jpg", "copy.jpg", "03.jpg"} & left and {"exact.jpg", "leak.jpg", "02.jpg", "small.jpg"} <= left
 
 
@@ -167,11 +172,9 @@ def test_near_pairs_are_those_of_a_full_scan(data):
 
 
 def test_many_copies_are_few_pairs():
-    digest, phash, thumbnail = signature(PHOTOS[0])
-    other = signature(PHOTOS[1])
-    digests = np.array([digest] * 300 + [other.digest], object)
-    hashes = np.array([phash] * 300 + [other.phash])
-    pairs = duplicate_pairs(digests, hashes, np.stack([thumbnail] * 300 + [other.thumbnail]), np.array(["train"] * 301))
+    table = pd.DataFrame([signature(PHOTOS[0])] * 300 + [signature(PHOTOS[1])])
+    hashes, thumbnails = table["phash"].to_numpy(np.uint64), np.stack(table["thumbnail"])
+    pairs = duplicate_pairs(table["digest"], hashes, thumbnails, pd.Series(["train"] * 301))
     assert len(pairs) == 299 and pairs["exact"].all() and set(pairs["first"]) == {0}
 
 
@@ -229,7 +232,7 @@ def test_the_cleaned_file_is_clean_and_the_source_is_untouched(data, tmp_path, c
 
     with pytest.raises(UserError, match="out.csv exists, and no file is overwritten"):
         prepare.check(str(data.path), fix=str(out))
-    with pytest.raises(UserError, match="captions.csv exists"):
+    with pytest.raises(UserError, match="captions.csv exists, and"):
         prepare.check(str(data.path), fix=str(data.path))
     with pytest.raises(UserError, match="must end in .html"):
         prepare.check(str(data.path), html=str(data.path))
@@ -265,7 +268,7 @@ def test_other_formats_are_understood_and_examined(tmp_path):
         ["(all", "train)"],
         ["(all", "valid)"],
     ]
-    assert report.understood[0].endswith("read as json; image = file_name, caption = text, label = category")
+    assert report.understood[0].endswith("read as json: image = file_name, caption = text, label = category")
     assert {name: lines_of(report, name) for name in report.findings} == {"empty": [9]}
     assert "x</text>" in report.html()  # the chart of the labels
 
@@ -301,7 +304,7 @@ def test_what_cannot_be_read_at_all_is_one_clear_line(data, tmp_path):
         with pytest.raises(UserError, match=message):
             examine(tmp_path / "bad.csv", progress=False)
     with pytest.raises(UserError, match="no image folder"):
-        examine(data.path if data.path.exists() else data.examine().cfg.captions_path, tmp_path / "nowhere")
+        examine(data.examine().source, tmp_path / "nowhere")
 
 
 def test_nothing_left_is_an_error(data, tmp_path):
@@ -310,3 +313,36 @@ def test_nothing_left_is_an_error(data, tmp_path):
     with pytest.raises(UserError, match="no rows would be left"):
         data.examine().write_cleaned(tmp_path / "out.csv")
     assert not Path(tmp_path / "out.csv").exists()
+
+
+# ---- with a trained model
+
+
+def test_a_caption_is_compared_with_its_image_and_the_others_of_it():
+    torch.manual_seed(0)
+    images = normalize(torch.randn(200, 64), dim=1)
+    own = torch.arange(200).repeat_interleave(5)
+    texts = normalize(images[own] + 0.1 * torch.randn(1000, 64), dim=1)
+    swapped = torch.tensor([3, 100, 250, 400])
+    texts[swapped] = texts[swapped.roll(1)]
+    scores = fit(images, texts, own)
+    assert set(scores.argsort()[:4].tolist()) == set(swapped.tolist())
+    assert scores.shape == (1000,) and fit(images[:1], texts[:1], own[:1]).isfinite().all()
+
+
+def test_swapped_captions_are_the_worst_fits_of_a_run(tmp_path, capsys):
+    """The released model knows the built-in scenes; near duplicates are confirmed by its embeddings."""
+    write_scenes(tmp_path / "scenes", 60, seed=5, progress=False)
+    captions = pd.read_csv(tmp_path / "scenes/captions.txt")
+    chosen = captions.index[7::25][:12]
+    captions.loc[chosen, "caption"] = captions["caption"][np.roll(chosen, 1)].to_numpy()
+    with Image.open(tmp_path / "scenes/Images" / captions["image"][0]) as image:
+        image.resize([side * 2 for side in image.size]).save(tmp_path / "scenes/Images/bigger.png")
+    captions.loc[len(captions)] = captions.loc[0].to_dict() | {"image": "bigger.png"}
+    captions.to_csv(tmp_path / "captions.csv", index=False)
+    prepare.main(["check", str(tmp_path / "captions.csv"), str(tmp_path / "scenes/Images"), "--run", "scenes-tiny"])
+    said = capsys.readouterr().out
+    worst = re.findall(r"row (\d+)\): [-+][\d.]+ standard deviations", said)
+    assert len(worst) == 3 and set(map(int, worst)) <= {row + 2 for row in chosen}
+    assert "Captions that fit their images worst: 100." in said
+    assert re.search(r"bigger.png: hashes differ in \d of 64 bits.*, cosine (1\.00|0\.9\d)", said)

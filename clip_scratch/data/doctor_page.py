@@ -16,7 +16,7 @@ from PIL import ImageOps
 
 from .images import open_image
 
-_SIDE, _BARS = 240, 14  # pixels of a picture; bars of a chart
+_EXAMPLES, _SIDE, _BARS = 10, 240, 14  # cards of a finding, pixels of a picture, bars of a chart
 _STYLE = """
 .doctor {--ink: #1d2430; --soft: #5d6778; --card: #fff; --line: #dfe3ea; --mark: #b3541e; --bar: #4c78a8;
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: auto; padding: 8px 20px 40px}
@@ -45,7 +45,7 @@ def page(report) -> str:
     """A `doctor.Report` as a whole HTML page."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-        f'<meta name="viewport" content="width=device-width"><title>{escape(report.name)}</title>'
+        f'<meta name="viewport" content="width=device-width"><title>{escape(report.source)}</title>'
         "<style>body {margin: 0; background: light-dark(#f6f7f9, #14181f)}</style></head>"
         f"<body>{body(report)}</body></html>\n"
     )
@@ -56,7 +56,7 @@ def body(report) -> str:
     picture = functools.cache(lambda name: _picture(report.folder / name))
     links, sections = [], []
     for name, title, effect, rows in report.in_order():
-        shown = rows.head(report.EXAMPLES)
+        shown = rows.head(_EXAMPLES)
         heading = f"{escape(title)} <b>{len(rows):,}</b>"
         links.append(f'<a href="#{name}">{heading}</a>')
         sections.append(f'<h2 id="{name}">{heading}</h2><p>{escape(effect)}</p><section>')
@@ -66,7 +66,7 @@ def body(report) -> str:
         )
     understood = "".join(f"<p>{escape(line)}</p>" for line in report.understood)
     return (
-        f'<style>{_STYLE}</style><div class="doctor"><h1>{escape(report.name)}</h1>{understood}'
+        f'<style>{_STYLE}</style><div class="doctor"><h1>{escape(report.source)}</h1>{understood}'
         f"<pre>{escape(report.counts())}</pre><nav>{''.join(links) or 'Nothing is wrong with it.'}</nav>"
         f'{"".join(sections)}<h2>What is in it</h2><section class="charts">{_charts(report.table, report.images)}'
         "</section></div>"

@@ -2,7 +2,6 @@
 
 import hashlib
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,27 +12,21 @@ LEAST_CORRELATION = 0.99  # of their 16 x 16 thumbnails; of product photos on wh
 _DCT = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))  # the 8 lowest frequencies of 32 samples
 
 
-class Signature(NamedTuple):
-    """`digest` of all pixels, a 64-bit perceptual `phash`, and a standardised `thumbnail`, float16 (768,)."""
+def signature(pixels: np.ndarray) -> dict:
+    """What compares images, of RGB uint8 (H, W, 3): a `digest` of all pixels, a perceptual hash, a `thumbnail`.
 
-    digest: bytes
-    phash: np.uint64
-    thumbnail: np.ndarray
-
-
-def signature(pixels: np.ndarray) -> Signature:
-    """The signature of RGB uint8 (H, W, 3).
-
-    The perceptual hash is pHash (Zauner 2010): which of the 8 x 8 lowest frequencies of the image in 32 x 32 grey
-    pixels are above the median.
+    `phash` is pHash (Zauner 2010), 64 bits: which of the 8 x 8 lowest frequencies of the image in 32 x 32 grey pixels
+    are above the median. The thumbnail is standardised, float16 (768,): a dot product is a correlation.
     """
-    digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16, salt=str(pixels.shape[:2]).encode()[:16])
     small = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX), np.float32)
     frequencies = (_DCT @ (small @ np.array([0.299, 0.587, 0.114])) @ _DCT.T).ravel()
-    phash = np.packbits(frequencies > np.median(frequencies)).view(">u8")[0]
     thumbnail = small.reshape(16, 2, 16, 2, 3).mean((1, 3)).ravel()
     thumbnail -= thumbnail.mean()
-    return Signature(digest.digest(), phash, (thumbnail / max(np.linalg.norm(thumbnail), 1e-6)).astype(np.float16))
+    return {
+        "digest": hashlib.sha256(b"%d x" % pixels.shape[1] + pixels.tobytes()).hexdigest(),
+        "phash": np.packbits(frequencies > np.median(frequencies)).view(">u8")[0],
+        "thumbnail": (thumbnail / max(np.linalg.norm(thumbnail), 1e-6)).astype(np.float16),
+    }
 
 
 def near_pairs(hashes: np.ndarray, most: int = MOST_BITS) -> np.ndarray:
@@ -56,27 +49,25 @@ def near_pairs(hashes: np.ndarray, most: int = MOST_BITS) -> np.ndarray:
     return np.unique(np.concatenate(found), axis=0)  # within a bucket the order is that of the hashes
 
 
-def duplicate_pairs(digests: np.ndarray, hashes: np.ndarray, thumbnails: np.ndarray, splits: np.ndarray):
-    """Pairs of N images that are equal (`exact`) or nearly so: a DataFrame of first, second, exact, bits.
+def duplicate_pairs(
+    digests: pd.Series, hashes: np.ndarray, thumbnails: np.ndarray, splits: pd.Series
+) -> pd.DataFrame:  # fmt: skip
+    """Pairs of N images that are equal (`exact`) or nearly so: `first`, `second`, and in how many `bits` they differ.
 
-    Near duplicates have near hashes and correlated thumbnails (N, 768). Of equal images within a split each is paired
-    with the first one only, so that 1,000 copies are 999 pairs.
+    Near duplicates have near hashes (N,) and correlated thumbnails (N, 768). Of equal images within a split each is
+    paired with the first one only, so that 1,000 copies are 999 pairs.
     """
-    table = pd.DataFrame({"digest": digests, "split": splits})
-    leaders = np.flatnonzero(~table.duplicated())
-    first = table.groupby(["digest", "split"], sort=False).ngroup().to_numpy()
-    copies = np.setdiff1d(np.arange(len(table)), leaders)
+    of_digest = pd.factorize(digests)[0]
+    groups = pd.factorize(pd.Series(of_digest).astype(str) + splits.to_numpy())[0]
+    leaders = np.unique(groups, return_index=True)[1]  # groups are numbered in the order of their first image
     pairs = leaders[near_pairs(hashes[leaders])]
-    exact = table["digest"].to_numpy()[pairs[:, 0]] == table["digest"].to_numpy()[pairs[:, 1]]
-    near = [
+    alike = [
         (thumbnails[part[:, 0]].astype(np.float32) * thumbnails[part[:, 1]]).sum(1) >= LEAST_CORRELATION
         for part in np.array_split(pairs, len(pairs) // 10_000 + 1)
     ]
-    pairs = pairs[exact | np.concatenate(near)]
-    pairs = np.concatenate([pairs, np.stack([leaders[first[copies]], copies], 1)])
-    pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
-    return pd.DataFrame({
-        "first": pairs[:, 0], "second": pairs[:, 1],
-        "exact": table["digest"].to_numpy()[pairs[:, 0]] == table["digest"].to_numpy()[pairs[:, 1]],
-        "bits": np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]),
-    })  # fmt: skip
+    pairs = pairs[np.concatenate(alike) | (of_digest[pairs[:, 0]] == of_digest[pairs[:, 1]])]
+    copies = np.setdiff1d(np.arange(len(groups)), leaders)
+    first, second = np.concatenate([pairs, np.stack([leaders[groups[copies]], copies], 1)]).T
+    exact, bits = of_digest[first] == of_digest[second], np.bitwise_count(hashes[first] ^ hashes[second])
+    table = pd.DataFrame({"first": first, "second": second, "exact": exact, "bits": bits})
+    return table.sort_values(["first", "second"], ignore_index=True)
