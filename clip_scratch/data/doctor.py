@@ -21,7 +21,6 @@ from ..errors import UserError
 from ..files import write_atomically
 from .captions import assign_splits, plain_words, read_rows
 from .duplicates import duplicate_pairs, signature
-from .image_files import split_member, stamp
 from .images import fault_of, images_below, load_image, open_image
 from .locate import SPLIT_OF_NAME, SPLITS, existing_folder, find_images, locate
 from .tokenizer import build_tokenizer
@@ -79,7 +78,7 @@ class Report:
     findings: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     def add(self, name: str, rows: pd.DataFrame, detail: object = "") -> None:
-        """Add a finding, unless `rows` is empty. `detail` is a text for all of them or a list with one for each."""
+        """Add a finding, unless `rows` is empty; `detail` is a text for all, a list, or a Series with their index."""
         if len(rows):
             rows = rows.assign(detail=detail).reindex(columns=_SHOWN, fill_value="")
             self.findings[name] = rows.reset_index(drop=True)
@@ -174,11 +173,12 @@ def examine(
     except UserError:
         parts, is_utf8 = read_rows(located, cfg, lenient=True), False
     rows = pd.concat(parts, ignore_index=True).drop(columns="decodes", errors="ignore")
-    empty = (rows["caption"] == "") | (rows["image"] == "")
+    no_image = rows["image"] == ""
+    empty = (rows["caption"] == "") | no_image
     if empty.all():
         raise UserError(f"{located.first}: all {len(rows):,} rows have no image or no caption.")
     report = Report(cfg.captions_path or "the built-in scenes", Path(), [], rows[~empty], pd.DataFrame())
-    report.add("empty", rows[empty], np.where(rows["image"] == "", "no image", "no caption")[empty])
+    report.add("empty", rows[empty], no_image.map({True: "no image", False: "no caption"}))
     if not is_utf8:
         report.add("not_utf8", rows[(rows["image"] + rows["caption"]).map(_undone).isna()])
     _examine_splits(report, Path(located.first), cfg)
@@ -225,7 +225,7 @@ def _examine_splits(report: Report, path: Path, cfg: CFG) -> None:
         given = rows["split"].fillna("").astype(str).str.strip()
         rows = rows.assign(split=given.str.lower().map(SPLIT_OF_NAME))
         unknown = rows["split"].isna()
-        report.add("unknown_split", rows[unknown].assign(split=""), given[unknown].map("split {!r}".format))
+        report.add("unknown_split", rows[unknown].assign(split=""), given.map("split {!r}".format))
         rows = rows[~unknown]
         two = rows.groupby("image")["split"].transform("nunique") > 1
         report.add("two_splits", rows[two])
@@ -238,13 +238,11 @@ def _examine_captions(report: Report, cfg: CFG, tokenizer: PreTrainedTokenizerBa
     table, captions, words = report.table, report.table["caption"], plain_words(report.table["caption"])
     report.add("repeated", table[table.assign(words=words).duplicated(["image", "words"])])
     several = table.groupby(words)["image"].transform("nunique")
-    several = several[(several > 1) & ~words.duplicated()]
-    report.add("shared", table.loc[several.index], several.map("{:,} images".format))
+    report.add("shared", table[(several > 1) & ~words.duplicated()], several.map("{:,} images".format))
     odd = captions[captions.str.contains(r"[^\x00-\x7f]")]
     details = odd.map(lambda text: f"meant: {fixed}" if (fixed := repaired(text)) else None)
     details[odd.str.contains(r"[�\x80-\x9f]|â€|Ã[^\w\s]") & details.isna()] = "characters are wrong or lost"
-    details = details.dropna()
-    report.add("encoding", table.loc[details.index], details)
+    report.add("encoding", table.loc[details.dropna().index], details)
     limit = cfg.max_length
     # A token has at least one character, and two tokens begin and end the caption
     candidates = captions[captions.str.len() > limit - 2].drop_duplicates().tolist()
@@ -269,8 +267,9 @@ def _look(path: Path) -> dict:
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
         fault = fault_of(path, error)
         if "cannot identify image file" in fault:  # PIL's message, which repeats the path
-            begins = b"" if split_member(path) else path.read_bytes()[:1]
-            what = "a web page" if begins == b"<" else "empty" if stamp(path)[0] == 0 else "no image"
+            what = "no image"
+            with contextlib.suppress(OSError), open(path, "rb") as file:  # not in a shard
+                what = {b"<": "a web page", b"": "empty"}.get(file.read(1), what)
             fault = f"cannot be decoded (the file is {what})"
         return {"fault": fault}
 
@@ -295,17 +294,15 @@ def _examine_images(report: Report, progress: bool) -> pd.DataFrame:
     report.add(
         "missing", bad[missing], [other_case.get(name.lower(), "no such file") for name in bad["image"][missing]]
     )
-    report.add("truncated", bad[truncated], bad["fault"][truncated])
-    report.add("corrupt", bad[~missing & ~truncated], bad["fault"][~missing & ~truncated])
+    report.add("truncated", bad[truncated], bad["fault"])
+    report.add("corrupt", bad[~missing & ~truncated], bad["fault"])
     sizes = good["width"].map("{:,} x ".format) + good["height"].map("{:,} pixels".format)
-    for name, chosen in {
-        "tiny": good[["width", "height"]].min(axis=1) < TINY, "huge": good["width"] * good["height"] > HUGE
-    }.items():  # fmt: skip
-        report.add(name, good[chosen], sizes[chosen])
+    report.add("tiny", good[good[["width", "height"]].min(axis=1) < TINY], sizes)
+    report.add("huge", good[good["width"] * good["height"] > HUGE], sizes)
     forms = Image.registered_extensions() | {".jpg": "JPEG", ".heic": "HEIF"}
     expected = good["image"].map(lambda name: forms.get(Path(name).suffix.lower()))
     wrong = expected != good["form"].replace("MPO", "JPEG")  # MPO: several JPEGs in one, as cameras write them
-    report.add("extension", good[wrong], "the content is " + good["form"][wrong].astype(str))
+    report.add("extension", good[wrong], "the content is " + good["form"].astype(str))
     report.add("unused", pd.DataFrame({"image": [name for name in on_disk if name not in names]}))
     report.images = good.set_index("image")[["width", "height"]].astype(int)
     return good
@@ -323,7 +320,6 @@ def _examine_pairs(report: Report, good: pd.DataFrame) -> None:
     detail = ("hashes differ in " + pairs["bits"].astype(str) + " of 64 bits").mask(pairs["exact"], "equal pixels")
     detail = detail.mask(across, detail + ": " + one["split"] + " and " + other["split"])
     rows = one.assign(other=other["image"], caption=one["caption"] + " / " + other["caption"])
-    for name, chosen in {
-        "leaks": across, "duplicates": ~across & pairs["exact"], "near_duplicates": ~across & ~pairs["exact"]
-    }.items():  # fmt: skip
-        report.add(name, rows[chosen], detail[chosen])
+    report.add("leaks", rows[across], detail)
+    report.add("duplicates", rows[~across & pairs["exact"]], detail)
+    report.add("near_duplicates", rows[~across & ~pairs["exact"]], detail)

@@ -56,14 +56,13 @@ def body(report) -> str:
     picture = functools.cache(lambda name: _picture(report.folder / name))
     links, sections = [], []
     for name, title, effect, rows in report.in_order():
-        shown = rows.head(_EXAMPLES)
+        shown = rows if name == "misfits" else rows.head(_EXAMPLES)  # those are few, and to be looked at
         heading = f"{escape(title)} <b>{len(rows):,}</b>"
         links.append(f'<a href="#{name}">{heading}</a>')
         sections.append(f'<h2 id="{name}">{heading}</h2><p>{escape(effect)}</p><section>')
         sections += [_card(row, picture) for row in shown.to_dict("records")]
-        sections.append(
-            "</section>" + (f"<p>and {len(rows) - len(shown):,} more</p>" if len(rows) > len(shown) else "")
-        )
+        sections.append("</section>")
+        sections += [f"<p>and {len(rows) - len(shown):,} more</p>"] if len(rows) > len(shown) else []
     understood = "".join(f"<p>{escape(line)}</p>" for line in report.understood)
     return (
         f'<style>{_STYLE}</style><div class="doctor"><h1>{escape(report.source)}</h1>{understood}'

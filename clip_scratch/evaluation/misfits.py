@@ -32,7 +32,7 @@ def add_misfits(report: Report, model: DualEncoder, progress: bool = True) -> No
         one, other = (images[names.get_indexer(pairs[side])] for side in ("image", "other"))
         cosines = (one * other).sum(1).numpy()
         detail = pairs["detail"] + pd.Series(cosines).map(", cosine {:.2f}".format)
-        report.add(name, pairs[cosines >= SAME], detail[cosines >= SAME])
+        report.add(name, pairs[cosines >= SAME], detail)
 
 
 def fit(images: torch.Tensor, texts: torch.Tensor, image_of_caption: torch.Tensor) -> torch.Tensor:
