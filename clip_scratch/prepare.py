@@ -97,7 +97,13 @@ def flickr30k(out: str = "data/flickr30k") -> None:
 
 
 def check(
-    captions: Positional[str], images: Positional[str] = "", html: str = "", fix: str = "", run: str = ""
+    captions: Positional[str],
+    images: Positional[str] = "",
+    html: str = "",
+    fix: str = "",
+    run: str = "",
+    image_column: str = "",
+    caption_column: str = "",
 ) -> None:
     """Read a captions file and every image; report all faults, and what training does about each.
 
@@ -107,6 +113,8 @@ def check(
         html: write the report with pictures to this HTML file.
         fix: write a cleaned captions file to this CSV file, which must not exist; the source is never changed.
         run: a trained run: also report the captions that fit their images worst.
+        image_column: column or JSON field with the image name; by default it is recognised.
+        caption_column: column or JSON field with the caption; by default it is recognised.
     """
     from .data.doctor import examine
 
@@ -114,21 +122,25 @@ def check(
     check_target(fix, ".csv")
     if fix and os.path.lexists(fix):
         raise UserError(f"{fix} exists, and no file is overwritten. Set --fix to a new one")
+    settings: dict[str, object] = {"image_column": image_column, "caption_column": caption_column}
     if run:
         from .evaluation.misfits import add_misfits
         from .models.saved import load
 
         model = load(run, "auto")
-        report = examine(captions, images, model.tokenizer, max_length=model.cfg.max_length)
+        report = examine(captions, images, model.tokenizer, **settings, max_length=model.cfg.max_length)
         add_misfits(report, model)
     else:
-        report = examine(captions, images)
+        report = examine(captions, images, **settings)
     print(report.text())
-    if html:
-        write_atomically(Path(html), lambda temporary: temporary.write_text(report.html(), encoding="utf-8"))
-        print(f"With pictures:  {html}")
-    if fix:
-        print(report.write_cleaned(fix))
+    try:
+        if html:
+            write_atomically(Path(html), lambda temporary: temporary.write_text(report.html(), encoding="utf-8"))
+            print(f"With pictures:  {html}")
+        if fix:
+            print(report.write_cleaned(fix))
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or html or fix}: {error.strerror}") from error
 
 
 def shards(out: str, captions_path: str = "", image_path: str = "", shard_size: int = 1000) -> None:

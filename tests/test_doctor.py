@@ -273,6 +273,15 @@ def test_other_formats_are_understood_and_examined(tmp_path):
     assert "x</text>" in report.html()  # the chart of the labels
 
 
+def test_columns_of_other_names(data, capsys):
+    table = pd.DataFrame([row[:2] for row in data.rows], columns=["picture_id", "words"])
+    table.to_csv(data.path, index=False)
+    with pytest.raises(UserError, match="Set --image-column"):
+        prepare.main(["check", str(data.path)])
+    prepare.main(["check", str(data.path), "--image-column", "picture_id", "--caption-column", "words"])
+    assert "Nothing is wrong with it." in capsys.readouterr().out
+
+
 def test_images_in_no_published_split(tmp_path):
     data = DataSet(tmp_path / "data")
     (data.path.parent / "Flickr8k.token.txt").write_text("".join(f"{i}#0\t{c}\n" for i, c, _ in data.rows))
