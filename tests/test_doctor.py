@@ -209,6 +209,7 @@ def faulty(data):
     data.add("04.jpg", "un cafÃ©, <script>alert('x')</script>")
     data.add("09.jpg", "nine", "val")
     data.add("10.jpg", "ten", "holdout")
+    data.add("9.jpg", "nearly nine, whose photo is in valid too", content=jpeg(photo(9), 40))
     data.add("leak.jpg", "in test", "test", content=jpeg(photo(5), 40))
     data.add("<i>&.jpg", "in <b>test</b>", "test", content=jpeg(photo(6), 40))
     return data.examine()

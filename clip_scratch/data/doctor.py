@@ -133,7 +133,8 @@ class Report:
         bad = pd.concat([found[name]["image"] for name in ("missing", "truncated", "corrupt")])
         rank = table["split"].map(SPLITS.index)
         latest = rank.groupby(table["image"]).max().to_dict()
-        leaked = {min(pair, key=latest.get) for pair in found["leaks"][["image", "other"]].to_numpy().tolist()}
+        pairs = pd.concat([found[name] for name in ("leaks", "duplicates", "near_duplicates")])[["image", "other"]]
+        leaked = {min(a, b, key=latest.get) for a, b in pairs.to_numpy() if latest[a] != latest[b]}
         copies = found["duplicates"]  # leaks name only the first of equal images
         leaked |= set(copies["other"][copies["image"].isin(leaked)])
         repeats = table.assign(words=plain_words(table["caption"])).duplicated(["image", "words", "split"])
@@ -243,13 +244,12 @@ def _examine_captions(report: Report, cfg: CFG, tokenizer: PreTrainedTokenizerBa
     details = odd.map(lambda text: f"meant: {fixed}" if (fixed := repaired(text)) else None)
     details[odd.str.contains(r"[�\x80-\x9f]|â€|Ã[^\w\s]") & details.isna()] = "characters are wrong or lost"
     report.add("encoding", table.loc[details.dropna().index], details)
-    limit = cfg.max_length
-    # A token has at least one character, and two tokens begin and end the caption
-    candidates = captions[captions.str.len() > limit - 2].drop_duplicates().tolist()
+    limit = min(cfg.max_length, tokenizer.model_max_length) if tokenizer else cfg.max_length
+    # A token has at least one byte, and two tokens begin and end the caption
+    candidates = captions[captions.map(str.encode).map(len) > limit - 2].drop_duplicates().tolist()
     if candidates:
         try:
             tokenizer = tokenizer or build_tokenizer(cfg)
-            limit = min(limit, tokenizer.model_max_length)
             counts, about = map(len, tokenizer(candidates, verbose=False)["input_ids"]), "{}"
         except UserError:  # no tokenizer here: each word and mark is at least one token
             counts, about = (len(re.findall(r"\w+|[^\w\s]", text)) + 2 for text in candidates), "at least {}"
