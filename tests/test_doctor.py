@@ -352,7 +352,7 @@ def test_swapped_captions_are_the_worst_fits_of_a_run(tmp_path, capsys):
     captions.to_csv(tmp_path / "captions.csv", index=False)
     prepare.main(["check", str(tmp_path / "captions.csv"), str(tmp_path / "scenes/Images"), "--run", "scenes-tiny"])
     said = capsys.readouterr().out
-    worst = re.findall(r"row (\d+)\): [-+][\d.]+ standard deviations", said)
+    worst = re.findall(r"row (\d+)\): fit [-+][\d.]+ ", said)
     assert len(worst) == 3 and set(map(int, worst)) <= {row + 2 for row in chosen}
     assert "Captions that fit their images worst: 100." in said
     assert re.search(r"bigger.png: hashes differ in \d of 64 bits.*, cosine (1\.00|0\.9\d)", said)

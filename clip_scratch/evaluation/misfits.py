@@ -24,7 +24,7 @@ def add_misfits(report: Report, model: DualEncoder, progress: bool = True) -> No
     texts = encode_text(model, table["caption"].tolist(), progress=progress)
     scores = fit(images, texts, torch.from_numpy(image_of_caption))
     worst = scores.argsort()[:WORST].numpy()
-    fits = [f"{scores[row]:+.1f} standard deviations from the mean of all images" for row in worst]
+    fits = [f"fit {scores[row]:+.1f} (a random image: 0)" for row in worst]
     report.add("misfits", table.iloc[worst], fits)
 
     for name in {"leaks", "near_duplicates"} & report.findings.keys():
