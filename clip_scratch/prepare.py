@@ -4,7 +4,7 @@ python -m clip_scratch.prepare scenes --n 10000 --out data/scenes
 python -m clip_scratch.prepare flickr8k
 python -m clip_scratch.prepare flickr30k
 python -m clip_scratch.prepare shards --captions-path captions.csv --out shards
-python -m clip_scratch.prepare check --captions-path captions.csv --image-path images
+python -m clip_scratch.prepare check captions.csv images --html report.html
 python -m clip_scratch.prepare cache --older-than 30
 """
 
@@ -20,15 +20,13 @@ import zipfile
 import zlib
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from .errors import UserError, run_command, suggest
-from .files import cache_folder, new_folder, remove_unfinished, sole_writer, write_json
+from tyro.conf import Positional
 
-if TYPE_CHECKING:
-    import pandas as pd
+from .errors import UserError, run_command, suggest
+from .files import cache_folder, check_target, new_folder, remove_unfinished, sole_writer, write_atomically, write_json
 
 FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 TIMEOUT = 8  # seconds without a byte from the server
@@ -98,17 +96,51 @@ def flickr30k(out: str = "data/flickr30k") -> None:
     print("Train on it:  python -m clip_scratch.train flickr30k")
 
 
-def check(captions_path: str, image_path: str = "") -> None:
-    """Read a captions file, decode every image, and print a summary.
+def check(
+    captions: Positional[str],
+    images: Positional[str] = "",
+    html: str = "",
+    fix: str = "",
+    run: str = "",
+    image_column: str = "",
+    caption_column: str = "",
+) -> None:
+    """Read a captions file and every image; report all faults, and what training does about each.
 
     Args:
-        captions_path: captions file, or the folder of a published data set.
-        image_path: folder of the images; by default it is found beside the captions file.
+        captions: captions file, or the folder of a published data set.
+        images: folder of the images; by default it is found beside the captions file.
+        html: write the report with pictures to this HTML file.
+        fix: write a cleaned captions file to this CSV file, which must not exist; the source is never changed.
+        run: a trained run: also report the captions that fit their images worst.
+        image_column: column or JSON field with the image name; by default it is recognised.
+        caption_column: column or JSON field with the caption; by default it is recognised.
     """
-    from .config import CFG
-    from .data.source import open_data
+    from .data.doctor import examine
 
-    print(summary(open_data(CFG(captions_path=captions_path, image_path=image_path, image_cache=False)).table))
+    check_target(html, ".html")
+    check_target(fix, ".csv")
+    if fix and os.path.lexists(fix):
+        raise UserError(f"{fix} exists, and no file is overwritten. Set --fix to a new one")
+    settings: dict[str, object] = {"image_column": image_column, "caption_column": caption_column}
+    if run:
+        from .evaluation.misfits import add_misfits
+        from .models.saved import load
+
+        model = load(run, "auto")
+        report = examine(captions, images, model.tokenizer, **settings, max_length=model.cfg.max_length)
+        add_misfits(report, model)
+    else:
+        report = examine(captions, images, **settings)
+    print(report.text())
+    try:
+        if html:
+            write_atomically(Path(html), lambda temporary: temporary.write_text(report.html(), encoding="utf-8"))
+            print(f"With pictures:  {html}")
+        if fix:
+            print(report.write_cleaned(fix))
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or html or fix}: {error.strerror}") from error
 
 
 def shards(out: str, captions_path: str = "", image_path: str = "", shard_size: int = 1000) -> None:
@@ -201,25 +233,6 @@ def main(args: list[str] | None = None) -> None:
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m clip_scratch.prepare", description=__doc__.splitlines()[0], args=args
     )
-
-
-def summary(table: pd.DataFrame) -> str:
-    """A summary of a caption table in a few lines."""
-    lines = [f"{'split':<8}{'images':>10}{'captions':>10}{'captions per image (min / median / max)':>42}"]
-    splits = [(split, table[table.split == split]) for split in ("train", "valid", "test")]
-    for name, rows in [*splits, ("all", table)]:
-        if len(rows):
-            an_image = rows.groupby("image_id").size()
-            spread = f"{an_image.min()} / {an_image.median():g} / {an_image.max()}"
-            lines.append(f"{name:<8}{len(an_image):>10,}{len(rows):>10,}{spread:>42}")
-    shared = table.groupby("caption").image_id.transform("nunique") > 1
-    row = table.iloc[0]
-    return "\n".join([
-        *lines,
-        f"median words per caption: {table.caption.str.split().str.len().median():g}",
-        f"captions that another image has too: {shared.sum():,}",
-        f"first row: {row.image}: {row.caption}",
-    ])  # fmt: skip
 
 
 def download(url: str, folder: Path) -> Path:

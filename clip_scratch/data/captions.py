@@ -42,18 +42,21 @@ def read_captions(cfg: CFG) -> pd.DataFrame:
 
 def read_table(located: Located, cfg: CFG) -> pd.DataFrame:
     """`read_captions` of a data set that has been located."""
-    parts = {split: _read(file, located, cfg) for split, file in located.files.items()}
-    parts = [part.assign(split=split) if split else part for split, part in parts.items()]
-    table = _split(_clean(pd.concat(parts, ignore_index=True)), Path(located.first), cfg)
+    table = assign_splits(_clean(pd.concat(read_rows(located, cfg), ignore_index=True)), Path(located.first), cfg)
     table["image_id"] = pd.factorize(table["image"])[0]
     first = ["image", "caption", "image_id", "split"]
     return table[first + [name for name in table.columns if name not in first]].reset_index(drop=True)
 
 
-def _read(file: Path | str, located: Located, cfg: CFG) -> pd.DataFrame:
-    if isinstance(file, str):
-        return read_shards(file, located.images, cfg.on_bad_image)
-    return read_file(file, located.form, located.columns)
+def read_rows(located: Located, cfg: CFG, lenient: bool = False) -> list[pd.DataFrame]:
+    """The rows of each captions file as they are (see `read_file`), with a split where there is a file for each."""
+    parts = {}
+    for split, file in located.files.items():
+        if isinstance(file, str):
+            parts[split] = read_shards(file, located.images, cfg.on_bad_image)
+        else:
+            parts[split] = read_file(file, located.form, located.columns, lenient)
+    return [part.assign(split=split) if split else part for split, part in parts.items()]
 
 
 def make_train_valid_dfs(cfg: CFG) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -152,11 +155,11 @@ def _clean(table: pd.DataFrame) -> pd.DataFrame:
         if empty.all():
             raise UserError(f"{where} and all other rows have no image or no caption.")
         print(f"Left out {empty.sum():,} rows with no image or no caption (the first: {where}).", file=sys.stderr)
-    # The same caption in two splits stays twice, so that _split refuses it
+    # The same caption in two splits stays twice, so that assign_splits refuses it
     return table[~empty].drop_duplicates([name for name in ("image", "caption", "split") if name in table])
 
 
-def _split(table: pd.DataFrame, path: Path, cfg: CFG) -> pd.DataFrame:
+def assign_splits(table: pd.DataFrame, path: Path, cfg: CFG) -> pd.DataFrame:
     """The table with a `split` for every row; images that are in none of the published lists are left out."""
     if "split" in table:
         table = table.assign(split=_column_splits(table))

@@ -56,24 +56,31 @@ class Columns(NamedTuple):
     label: str = ""
 
 
-def read_file(path: Path, form: str, columns: Columns) -> pd.DataFrame:
+def read_file(path: Path, form: str, columns: Columns, lenient: bool = False) -> pd.DataFrame:
     """Every caption of a file as a row: image, caption, file, row, and split and label where the file has them.
 
     `form` is a captions_format other than "huggingface"; "auto" recognises it from how the file begins. Raises
-    UserError for a file that is missing, empty, malformed or without the columns.
+    UserError for a file that is missing, empty, malformed or without the columns. `attrs` of the table says what was
+    recognised; `lenient` is that of `read_text`.
     """
-    text = read_text(path)
+    text = read_text(path, lenient)
     if form == "auto":
         line = text.lstrip().splitlines()[0]
         by_line = (name for name, (start, *_) in LINE_FORMATS.items() if re.match(start, line))
         form = "json" if line[0] in "{[" else next(by_line, "table")
     if form in LINE_FORMATS:
-        return _tabulate(_line_records(text, path, form), path, Columns())  # the settings name no column of these
-    return _tabulate(_table(text, path, columns) if form == "table" else _json(text, path), path, columns)
+        table = _tabulate(_line_records(text, path, form), path, Columns())  # the settings name no column of these
+    else:
+        table = _tabulate(_table(text, path, columns) if form == "table" else _json(text, path), path, columns)
+    table.attrs["form"] = form
+    return table
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark (or UTF-16 with one, as Excel saves it)."""
+def read_text(path: Path, lenient: bool = False) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark (or UTF-16 with one, as Excel saves it).
+
+    Another encoding raises UserError, or is read as Windows-1252 where `lenient`.
+    """
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -84,6 +91,8 @@ def read_text(path: Path) -> str:
     try:
         text = raw.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
+        if lenient and not utf16:
+            return raw.decode("cp1252", "replace")
         row = raw[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, row {row}: not UTF-8 text. Save the file as UTF-8.") from error
     if not text.strip():
@@ -233,7 +242,9 @@ def _tabulate(records: Records, path: Path, columns: Columns) -> pd.DataFrame:
         for text in given or [""]:  # counted with the empty captions
             rows.append((name, text, path.name, row, _text(fields.get(split)), _text(fields.get(label))))
     table = pd.DataFrame(rows, columns=["image", "caption", "file", "row", "split", "label"])
-    return table.drop(columns=[name for name, found in (("split", split), ("label", label)) if not found])
+    table = table.drop(columns=[name for name, found in (("split", split), ("label", label)) if not found])
+    table.attrs["columns"] = {"image": image, "caption": ", ".join(captions), "split": split, "label": label}
+    return table
 
 
 def find_columns(
