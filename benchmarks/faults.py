@@ -61,8 +61,9 @@ JOBS = {
     "search index": INDEX,
     "export": ["clip_scratch.export", "../run", "out"],
 }
-# Files that hold times, or the order of a directory
-_UNEQUAL = {"metrics.jsonl", "environment.json", ".lock", "manifest.db", "manifest.db-wal", "manifest.db-shm"}
+# Files that hold times or the order of a directory, and a picture that is not drawn again after a kill
+_UNEQUAL = {"metrics.jsonl", "environment.json", "retrieval.png", ".lock"}
+_UNEQUAL |= {"manifest.db", "manifest.db-wal", "manifest.db-shm"}
 
 
 @dataclass
@@ -138,15 +139,17 @@ def go_on(words: list[str], cwd: Path, said: Path) -> int:
 
 def digest(folder: Path) -> str:
     """The SHA-256 of all files but those that hold times; of an index its embeddings by name."""
+    from safetensors.torch import load_file
+
+    from clip_scratch.training.run import load_tree
+
     sha = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name in _UNEQUAL or "tfevents" in path.name or path.name == "embeddings.f16":
             continue
-        if path.name == "training.safetensors":
-            from clip_scratch.training.run import load_tree
-
-            weights = load_tree(path)["model"]
-            content = b"".join(weights[name].numpy().tobytes() for name in sorted(weights))
+        if path.suffix == ".safetensors":  # its header has no fixed order
+            weights = load_tree(path)["model"] if path.name == "training.safetensors" else load_file(path)
+            content = b"".join(name.encode() + weights[name].numpy().tobytes() for name in sorted(weights))
         else:
             content = path.read_bytes()
         sha.update(path.relative_to(folder).as_posix().encode() + content)
@@ -168,7 +171,9 @@ def _materials(work: Path) -> None:
 
     write_scenes(work / "data", 200, seed=3, progress=False)
     small_clip(work / "clip", ["a red circle left of a blue square", "a small green star above a big yellow heart"] * 9)
-    assert finish([*TRAIN[:-1], "run", "--head", "linear"], work, work / "said") == 0, (work / "said").read_text()[-2000:]
+    assert finish([*TRAIN[:-1], "run", "--head", "linear"], work, work / "said") == 0, (work / "said").read_text()[
+        -2000:
+    ]
 
 
 def _whole(words: list[str], work: Path) -> tuple[str, float]:
