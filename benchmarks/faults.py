@@ -63,7 +63,7 @@ JOBS = {
 }
 # Files that hold times or the order of a directory, and a picture that is not drawn again after a kill
 _UNEQUAL = {"metrics.jsonl", "environment.json", "retrieval.png", ".lock"}
-_UNEQUAL |= {"manifest.db", "manifest.db-wal", "manifest.db-shm"}
+_UNEQUAL |= {"manifest.sqlite", "manifest.sqlite-wal", "manifest.sqlite-shm"}
 
 
 @dataclass
@@ -145,7 +145,7 @@ def digest(folder: Path) -> str:
 
     sha = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.name in _UNEQUAL or "tfevents" in path.name or path.name == "embeddings.f16":
+        if path.name in _UNEQUAL or "tfevents" in path.name:
             continue
         if path.suffix == ".safetensors":  # its header has no fixed order
             weights = load_tree(path)["model"] if path.name == "training.safetensors" else load_file(path)
@@ -410,6 +410,15 @@ class _Bomb:
         return os.mkdir, (str(Path(tempfile.gettempdir(), "clip-scratch-bomb")),)
 
 
+DAMAGES = {
+    "cut": lambda content, chance: content[: chance.randrange(len(content))],
+    "changed": mutated,
+    "a pickle": lambda content, chance: pickle.dumps(_Bomb()),
+    "empty": lambda content, chance: b"",
+    "other JSON": lambda content, chance: b'{"a": [1, {"b": null}]}',
+}
+
+
 def models(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
     """Damaged and foreign files in a run, an index and an exported folder."""
     from clip_scratch import CFG, Index, load
@@ -429,22 +438,15 @@ def models(arguments: Arguments, work: Path, count: Callable[[str, str], None]) 
         "clip": lambda folder: HFCLIPModel(CFG(backend="hf_clip", model_name=str(folder), device="cpu")),
     }
     chance = random.Random(arguments.seed)
-    damages = {
-        "cut": lambda content: content[: chance.randrange(len(content) + 1)],
-        "changed": lambda content: mutated(content, chance),
-        "a pickle": lambda content: pickle.dumps(_Bomb()),
-        "empty": lambda content: b"",
-        "other JSON": lambda content: b'{"a": [1, {"b": null}]}',
-    }
     for kind, open_folder in opened.items():
         whole = work / kind.partition(",")[0]
         files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and path.stat().st_size]
         for name in files:
-            for damage, change in damages.items():
+            for damage, change in DAMAGES.items():
                 folder = work / "damaged"
                 shutil.rmtree(folder, ignore_errors=True)
                 shutil.copytree(whole, folder)
-                (folder / name).write_bytes(change((whole / name).read_bytes()))
+                (folder / name).write_bytes(change((whole / name).read_bytes(), chance))
                 with _silent():
                     outcome = _within(120, open_folder, folder)
                 outcome = outcome if outcome[0].islower() or outcome.startswith("UNEXPECTED") else "opened"

@@ -50,7 +50,9 @@ class QueryEncoder:
 
             run = _onnx(path / "text.onnx") if (path / "text.onnx").is_file() else _torchscript(path / "text.pt")
             return run, Tokenizer.from_file(str(path / "tokenizer.json"))
-        except (ImportError, AttributeError, ValueError):  # no onnxruntime, a torch without TorchScript, no file
+        except (
+            Exception
+        ):  # no onnxruntime, no file, a torch without TorchScript, or damage: each has classes of its own
             return None
 
     def text(self, sentences: Sequence[str]) -> np.ndarray:
