@@ -46,49 +46,35 @@ class _LogSumExps(torch.autograd.Function):
         return d_images, d_texts
 
 
-class _Positives:
-    """The positives of every row and column as few sums, since `positive_pairs` would be (B, C), or worse (C, C).
+def _positive_sums(images, texts, image_ids, caption_image_ids, caption_ids=None):
+    """The sum of the positive logits and their number, of each image, (B,), (B,), and of each caption, (C,), (C,).
 
-    Images with one id form a group, captions that read the same form another, and a link joins an image group to
-    a caption group that has one of its captions: at most C links, however many pairs are positive.
+    With no matrix such as that of `positive_pairs`: images with one id form a group, captions that read the same form
+    another, and a link joins an image group to a caption group that has one of its captions: at most C links.
     """
-
-    def __init__(self, image_ids, caption_image_ids, caption_ids=None):
-        distinct, groups = torch.cat([image_ids, caption_image_ids]).unique(return_inverse=True)
-        self.image_group, owner = groups.split([len(image_ids), len(caption_image_ids)])  # (B,), (C,)
-        if caption_ids is None:
-            caption_ids = torch.arange(len(owner), device=owner.device)
-        words, self.caption_group = caption_ids.unique(return_inverse=True)  # (C,)
-        links = (owner * len(words) + self.caption_group).unique()
-        self.links = links // len(words), links % len(words)  # image group, caption group
-        self.n_groups = len(distinct), len(words)
-
-    def of_images(self, images, texts):
-        """The sum of each image's positive logits, and their number: (B, P), (C, P) -> (B,), (B,)."""
-        groups = self.image_group, self.caption_group
-        return _linked_sums(images, texts, groups, self.links, self.n_groups)
-
-    def of_captions(self, images, texts):
-        """The sum of each caption's positive logits, and their number: (B, P), (C, P) -> (C,), (C,)."""
-        groups = self.caption_group, self.image_group
-        return _linked_sums(texts, images, groups, self.links[::-1], self.n_groups[::-1])
+    groups = torch.cat([image_ids, caption_image_ids]).unique(return_inverse=True)[1]
+    image_group, owner = groups.split([len(image_ids), len(caption_image_ids)])
+    if caption_ids is None:
+        caption_ids = torch.arange(len(owner), device=owner.device)
+    caption_group = caption_ids.unique(return_inverse=True)[1]
+    image_link, caption_link = torch.stack([owner, caption_group]).unique(dim=1)
+    of_images = _linked_sums(images, image_group, image_link, texts, caption_group, caption_link)
+    return *of_images, *_linked_sums(texts, caption_group, caption_link, images, image_group, image_link)
 
 
-def _linked_sums(rows, columns, groups, links, n_groups):
+def _linked_sums(rows, row_group, row_link, columns, column_group, column_link):
     """For each row the sum of its dot products with the columns of the groups linked to its own, and their number."""
     columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)  # the last dimension counts
-    sums = columns.new_zeros(n_groups[1], columns.shape[1]).index_add(0, groups[1], columns)
-    linked = columns.new_zeros(n_groups[0], columns.shape[1]).index_add(0, links[0], sums[links[1]])
-    total = linked[groups[0]]  # (rows, P + 1)
+    zeros = columns.new_zeros(len(rows) + len(columns), columns.shape[1])  # there are no more groups
+    sums = zeros.index_add(0, column_group, columns)
+    total = zeros.index_add(0, row_link, sums[column_link])[row_group]  # (rows, P + 1)
     return (rows * total[:, :-1]).sum(1), total[:, -1]
 
 
 def tiled_contrastive_loss(images, texts, *ids):
     """`contrastive_loss`: a cross-entropy is the logsumexp less the mean over the positives."""
     of_rows, of_columns = _LogSumExps.apply(images, texts)
-    positives = _Positives(*ids)
-    row_sum, row_count = positives.of_images(images, texts)
-    column_sum, column_count = positives.of_captions(images, texts)
+    row_sum, row_count, column_sum, column_count = _positive_sums(images, texts, *ids)
     return ((of_rows - row_sum / row_count).mean() + (of_columns - column_sum / column_count).mean()) / 2
 
 
@@ -99,5 +85,5 @@ def tiled_sigmoid_loss(images, texts, logit_bias, *ids):
         return -F.logsigmoid(-(tile @ texts.T + logit_bias)).sum()
 
     total = sum(checkpoint(as_negatives, tile, use_reentrant=False) for tile in _tiles(images, texts))
-    logits, count = _Positives(*ids).of_images(images, texts)
+    logits, count, *_ = _positive_sums(images, texts, *ids)
     return (total - (logits + logit_bias * count).sum()) / len(images)
