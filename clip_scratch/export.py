@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+from .config import CFG
 from .errors import UserError, run_command
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from .config import CFG
     from .data.source import DataSource
     from .models.clip import DualEncoder
 

@@ -1,7 +1,5 @@
 """Files that are complete or absent: atomic writes, file locks, room on the disk, and the cache folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -9,12 +7,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .config import CFG
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .config import CFG
 
 _ANNOUNCED = 5e8  # bytes from which a cache is announced before it is written
 

@@ -7,20 +7,16 @@ the original image crops have the areas and shapes of torchvision's RandomResize
 Shapes: `B` images, `M` pixels a side of the squares, `S` of the result, `N` images of the data set.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from ..config import CFG
+from ..config import CFG
 
 _STREAM = 0x617567  # different random numbers from those that shuffle, which have the same seed and epoch
 _TRIES = 10  # to find an area and shape that fit, before the largest possible crop is taken

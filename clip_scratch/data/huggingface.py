@@ -1,23 +1,18 @@
 """A Hugging Face data set -> ordinary image files and a captions file."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import constants
 
+from ..config import CFG
 from ..errors import UserError
 from ..files import new_folder, sole_writer, write_json
 from ..hub import hub_access
 from .readers import Columns, find_columns
-
-if TYPE_CHECKING:
-    from ..config import CFG
 
 CAPTIONS, SOURCE = "huggingface-captions.jsonl", "huggingface-source.json"
 

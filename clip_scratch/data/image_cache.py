@@ -6,8 +6,6 @@ settings that change the pixels, so a cache is never stale. A row is recorded as
 a build may be killed at any instant, and the next one resumes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -17,17 +15,14 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
 
+from ..config import CFG
 from ..files import allocate, cache_folder, check_room, sole_writer
 from .image_files import stamp
 from .images import image_prefix, load_image, reading
-
-if TYPE_CHECKING:
-    from ..config import CFG
 
 _FORMAT = 2  # of the folder; raised also when the same settings give other pixels than before
 _CHUNK = 256  # rows that are decoded, written and recorded together

@@ -4,8 +4,6 @@ A shard is a local file, or at a URL that fsspec knows: then it is copied to the
 where the last ones used stay. Images in it are read by their place; shards.py records the places.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

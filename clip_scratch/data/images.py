@@ -4,24 +4,19 @@ Training has two stages: `image_prefix` does once what is the same in every epoc
 `image_transform` is both in one pipeline, for one image at a time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ..config import CFG
 from ..errors import UserError
 from .image_files import image_source, stamp
-
-if TYPE_CHECKING:
-    from ..config import CFG
 
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif",

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..config import CFG
 from .augment import augment, augment_on_device, augments, changes, random_numbers
 from .captions import image_folder, plain_words
 from .image_cache import ImageCache, open_images
@@ -27,8 +28,6 @@ from .tokenizer import TokenTable, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from ..config import CFG
 
 Batch = dict[str, torch.Tensor | list[str]]
 

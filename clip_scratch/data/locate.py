@@ -1,22 +1,18 @@
 """Where a data set is: its captions files and its image folder."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
+from ..config import CFG
 from ..errors import UserError, suggest
 from .readers import Columns
 from .shards import common_folder, is_shards
-
-if TYPE_CHECKING:
-    from ..config import CFG
 
 SPLITS = ("train", "valid", "test")
 SPLIT_OF_NAME = {

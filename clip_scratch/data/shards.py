@@ -7,8 +7,6 @@ workers. The streams of `webdataset` and Hugging Face `datasets` do not resume e
 buffer); webdataset's own answer, `wids`, reads by place as well.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import glob

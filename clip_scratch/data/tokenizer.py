@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..config import CFG
 from ..errors import UserError
 from ..hub import is_function, load_pretrained, local_path
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-    from ..config import CFG
 
 TRAINED = "train"  # text_tokenizer="train": a WordPiece vocabulary learned from the training captions
 _VOCABULARY = 8192

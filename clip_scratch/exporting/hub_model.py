@@ -1,7 +1,5 @@
 """A run's best model on a hub: its files, and a card that says what was measured."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shapes: B images, C captions, L tokens, S pixels a side, P projected dimensions.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

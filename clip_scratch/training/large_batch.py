@@ -6,8 +6,6 @@ for whatever treats each image and each caption alone. Batch norm does not: it t
 does from each process in data-parallel training, unless `freeze_batch_norm` fixes them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 
