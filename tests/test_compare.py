@@ -258,7 +258,7 @@ def test_a_zero_shot_run_of_which_only_best_is_left(tmp_path, with_run):
 def test_zero_shot_is_recorded(tmp_path):
     path = tmp_path / "zero_shot.json"
     own, image_rank, text_rank = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), torch.tensor([1, 3])
-    save_zero_shot(path, "openai/clip", ["a.jpg", "b.jpg"], own, image_rank, text_rank, "1234")
+    save_zero_shot(path, "openai/clip", Measured(["a.jpg", "b.jpg"], own, image_rank, text_rank, "1234"))
     saved = json.loads(path.read_text())
     assert saved["split"] == "valid" and saved["images"] == ["a.jpg", "b.jpg"] and saved["text_rank"] == [1, 3]
     assert saved["model_name"] == "openai/clip"
@@ -339,7 +339,8 @@ def test_zero_shot_comes_first_and_once(here, loads_scenes, as_hf_clip, tmp_path
     worst = torch.full_like(names.image_rank, 24), torch.full_like(names.text_rank, 100)
     for name in ("a", "b"):
         path = tmp_path / name / "zero_shot.json"
-        save_zero_shot(path, "org/clip", names.images, names.image_of_caption, *worst, names.fingerprint)
+        recorded = Measured(names.images, names.image_of_caption, *worst, names.fingerprint)
+        save_zero_shot(path, "org/clip", recorded)
     found = compare([tmp_path / "b", tmp_path / "a"])
     assert [row.name for row in found.rows] == ["zero-shot clip", "b", "a"]
     assert found.rows[0].measured.metrics["rsum"] == 0 and found.rows[0].record.epochs == 0
@@ -357,16 +358,16 @@ def test_zero_shot_comes_first_and_once(here, loads_scenes, as_hf_clip, tmp_path
         assert (differences(found, "a") == 0).all()
 
     # What was recorded on as many other captions of the same images is refused
-    path, ranked = tmp_path / "a/zero_shot.json", (names.images, names.image_of_caption, *worst)
-    save_zero_shot(path, "org/clip", *ranked, names.fingerprint)
+    path = tmp_path / "a/zero_shot.json"
+    save_zero_shot(path, "org/clip", recorded)
     assert compare([tmp_path / "a"]).rows[0].is_zero_shot
-    save_zero_shot(path, "org/clip", *ranked, "of other captions")
+    save_zero_shot(path, "org/clip", dataclasses.replace(recorded, fingerprint="of other captions"))
     with pytest.raises(UserError, match=r"a and .*a/zero_shot.json .* different images or captions"):
         compare([tmp_path / "a"])
 
     # What was recorded on other images is refused
     one = torch.tensor([0]), torch.tensor([1]), torch.tensor([1])
-    save_zero_shot(path, "org/clip", ["x.png"], *one, "of one image")
+    save_zero_shot(path, "org/clip", Measured(["x.png"], *one, "of one image"))
     with pytest.raises(UserError, match=r"a and .*a/zero_shot.json .* different images or captions.*--captions-path"):
         compare([tmp_path / "a"])
 

@@ -11,7 +11,6 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.errors import UserError
 from clip_scratch.models.build import build_model
 from clip_scratch.models.clip import CLIPModel
-from clip_scratch.training import large_batch
 from clip_scratch.training.engine import backward, loss_function, train_epoch
 from clip_scratch.training.large_batch import backward_in_parts, largest_that_fits, split
 from clip_scratch.training.losses import LOSSES
@@ -201,4 +200,3 @@ def test_no_graph_in_the_first_pass(setup, monkeypatch):
     monkeypatch.setattr(CLIPModel, "forward", watched)
     backward_in_parts(model, batch, loss_function(model, model.cfg), None, 1.0, 5)
     assert alive == [(False, 5), (False, 5), (True, 5), (True, 5)]
-    assert large_batch._OF_IMAGES[0] == "pixel_values"

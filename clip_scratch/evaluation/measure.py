@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from .retrieval import ranks, recalls_of
 
 ZERO_SHOT = "zero_shot.json"  # in the folder of a run that fine-tuned a pretrained CLIP
 WHOLE = "all"  # the split of a captions file that has none
+_RANKS = ("image_of_caption", "image_rank", "text_rank")
 
 
 def open_captions(cfg: CFG, captions_path: str = "", image_path: str = "") -> DataSource:
@@ -100,26 +100,16 @@ def measure(model: DualEncoder, source: DataSource) -> Measured:
     return Measured(loader.dataset.names, own, *ranks(images, texts, own), fingerprint_of(source.table))
 
 
-def save_zero_shot(
-    path: Path,
-    model_name: str,
-    names: Sequence[str],
-    image_of_caption: torch.Tensor,
-    image_rank: torch.Tensor,
-    text_rank: torch.Tensor,
-    fingerprint: str,
-) -> None:
-    """Record what `Measured` holds of the untouched model on a run's validation split, for `read_zero_shot`."""
-    lists = {"image_of_caption": image_of_caption, "image_rank": image_rank, "text_rank": text_rank}
-    head = {"model_name": model_name, "split": "valid", "fingerprint": fingerprint, "images": list(names)}
-    write_json(path, head | {name: values.tolist() for name, values in lists.items()})
+def save_zero_shot(path: Path, model_name: str, measured: Measured) -> None:
+    """Record the ranks of the untouched model on a run's validation split, for `read_zero_shot`."""
+    head = {"model_name": model_name, "split": "valid", "fingerprint": measured.fingerprint, "images": measured.images}
+    write_json(path, head | {name: getattr(measured, name).tolist() for name in _RANKS})
 
 
 def read_zero_shot(path: Path) -> Measured:
     """The ranks that `save_zero_shot` wrote. Raises UserError where the file is damaged."""
     try:
         saved = json.loads(path.read_text())
-        lists = (torch.tensor(saved[name]) for name in ("image_of_caption", "image_rank", "text_rank"))
-        return Measured(list(saved["images"]), *lists, str(saved["fingerprint"]))
+        return Measured(saved["images"], *(torch.tensor(saved[name]) for name in _RANKS), saved["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): train the run again, or delete the file") from error

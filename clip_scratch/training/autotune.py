@@ -11,11 +11,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -55,21 +53,12 @@ def choose_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, s
 
 def _key(model: DualEncoder, batch: Batch) -> str:
     """A hash of what the choice depends on: the machine, the towers, which of their weights train, and the shapes."""
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    device, processor = model.device, torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     machine = [device.type, name, computes_in_bf16(device), torch.get_num_threads(), torch.__version__]
     towers = [(repr(tower), [p.requires_grad for p in tower.parameters()]) for tower in model.towers.values()]
     shapes = [batch["pixel_values"].shape[1:], model.tokenizer.model_max_length]
     return hashlib.sha256(repr([machine, towers, shapes]).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """The processor's name; platform.processor() is empty or vague on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def measure_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, str]:

@@ -59,17 +59,10 @@ class EpochStats:
 
 
 def train_epoch(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
-    cfg: CFG,
-    *,
-    loss: Loss | None = None,
-    step_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    average: nn.Module | None = None,
-    on_step: Callable[[EpochStats], object] = lambda steps: None,
-) -> EpochStats:
+    model: nn.Module, loader: Iterable[Batch], optimizer: torch.optim.Optimizer, cfg: CFG, *, loss: Loss | None = None,
+    step_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None, scaler: torch.amp.GradScaler | None = None,
+    average: nn.Module | None = None, on_step: Callable[[EpochStats], object] = lambda steps: None,
+) -> EpochStats:  # fmt: skip
     """One pass over any loader of batches: forward, loss, backward, and every `accumulation` batches a step.
 
     `loss` takes the arguments of `contrastive_loss`; the default is the one of `cfg.loss`. The gradients of the
@@ -119,21 +112,16 @@ def compute_loss(model: nn.Module, batch: Batch, loss: Loss) -> tuple[torch.Tens
 
 
 def backward(
-    model: nn.Module,
-    batch: Batch,
-    loss: Loss,
-    scaler: torch.amp.GradScaler | None,
-    share: float,
+    model: nn.Module, batch: Batch, loss: Loss, scaler: torch.amp.GradScaler | None, share: float,
     micro_batch_size: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Add `share` of the gradients of a batch's loss to those of the model; the loss and the spread of its images.
 
     With a `micro_batch_size` in parts of so many images: the same gradients in less memory (see large_batch.py).
     """
     n = len(batch["image_ids"])
     if 0 < micro_batch_size < n or world_size() > 1:
-        size = micro_batch_size or n
-        value, image_embeddings = backward_in_parts(model, batch, loss, scaler, share, size)
+        value, image_embeddings = backward_in_parts(model, batch, loss, scaler, share, micro_batch_size or n)
         return value, spread(image_embeddings)
     value, image_embeddings = compute_loss(model, batch, loss)
     scaled = value if share == 1 else value * share

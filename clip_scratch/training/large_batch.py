@@ -16,17 +16,13 @@ from ..data.loaders import Batch
 from ..errors import is_out_of_memory
 from .distributed import gather, rank
 
-_OF_IMAGES, _OF_CAPTIONS = ("pixel_values", "image_features"), ("input_ids", "attention_mask", "text_features")
+_INPUTS = ("pixel_values", "image_features", "input_ids", "attention_mask", "text_features")
 
 
 def backward_in_parts(
-    model: nn.Module,
-    batch: Batch,
-    loss: Callable[..., torch.Tensor],
-    scaler: torch.amp.GradScaler | None,
-    share: float,
-    size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: nn.Module, batch: Batch, loss: Callable[..., torch.Tensor], scaler: torch.amp.GradScaler | None,
+    share: float, size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`engine.backward` of a batch by parts of `size` images: the loss, and the image embeddings (B, P).
 
     With several processes (distributed.py) of the batch that theirs make together, and its embeddings.
@@ -63,13 +59,8 @@ def backward_in_parts(
 def split(batch: Batch, size: int) -> list[Batch]:
     """A batch in parts of at most `size` images, each with an equal share of the captions, of whatever images."""
     n = -(-len(batch["image_ids"]) // size)
-    parts: list[Batch] = [{} for _ in range(n)]
-    for names in (_OF_IMAGES, _OF_CAPTIONS):
-        for name in names:
-            if name in batch:
-                for part, rows in zip(parts, batch[name].tensor_split(n), strict=True):
-                    part[name] = rows
-    return parts
+    rows = {name: batch[name].tensor_split(n) for name in _INPUTS if name in batch}
+    return [{name: parts[i] for name, parts in rows.items()} for i in range(n)]
 
 
 def largest_that_fits(model: nn.Module, batch: Batch) -> int:
@@ -93,8 +84,8 @@ def largest_that_fits(model: nn.Module, batch: Batch) -> int:
 @contextlib.contextmanager
 def _fixed_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms in training mode normalise as ever but leave their running statistics to the second pass."""
-    tracking = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    changed = [m for m in tracking if m.training]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    changed = [m for m in norms if m.training and m.track_running_stats]
     try:
         for module in changed:
             module.track_running_stats = False

@@ -9,7 +9,7 @@ from ..config import CFG
 from ..data.captions import fingerprint_of
 from ..data.loaders import Loader, build_loaders
 from ..data.source import DataSource
-from ..evaluation.measure import ZERO_SHOT, save_zero_shot
+from ..evaluation.measure import ZERO_SHOT, Measured, save_zero_shot
 from ..evaluation.retrieval import ranks, recalls_of
 from ..files import write_json
 from ..models.build import build_model
@@ -20,24 +20,16 @@ from ..retrieval.embed import embed_batches
 from .autotune import MIN_STEPS, choose_precision
 from .budget import EPOCH_OVERHEAD, measure_pace, planned_steps, steps_per_epoch, steps_within
 from .cached_features import cache_features
-from .distributed import (
-    from_main,
-    gather_embeddings,
-    own_randomness,
-    rank,
-    same_weights,
-    sync_batch_norm,
-    world_size,
-)
+from .distributed import from_main, gather_embeddings, own_randomness, rank, same_weights, sync_batch_norm, world_size
 from .report import Report
 from .run import Run
 from .state import TrainState, seed_everything
 from .wise_ft import save_start
 
+Started = tuple[TrainState, Loader, Loader]  # with the loaders of the training and the validation split
 
-def begin(
-    run: Run, source: DataSource, device: torch.device, report: Report, began: float
-) -> tuple[TrainState, Loader, Loader]:
+
+def begin(run: Run, source: DataSource, device: torch.device, report: Report, began: float) -> Started:
     """A new run: its state and its two loaders. The folder is made when everything that can be refused has been."""
     seed_everything(run.cfg.seed)
     model = build_model(source.cfg, source.split("train")["caption"].tolist()).to(device)
@@ -50,11 +42,10 @@ def begin(
     if cfg.compile:
         model.compile_towers()
     train_loader, valid_loader = (cache_features(model, loader, cfg) for loader in (train_loader, valid_loader))
-    validation_began = time.perf_counter()
+    measuring = time.perf_counter()
     embeddings = gather_embeddings(embed_batches(model, valid_loader))
-    validation = time.perf_counter() - validation_began
     if cfg.minutes and not cfg.max_steps:
-        model.cfg = cfg = from_main(_settle_steps(model, train_loader, validation, time.perf_counter() - began))
+        model.cfg = cfg = from_main(_settle_steps(model, train_loader, time.perf_counter() - measuring, began))
     state = TrainState(model, planned_steps(train_loader, cfg), began)
     progress = state.progress
     image_rank, text_rank = ranks(*embeddings)
@@ -65,9 +56,8 @@ def begin(
     if report.is_pretrained and run.writes:
         save_best(run.best, state.measured, 0, progress.start)
         names, captions = valid_loader.dataset.names, fingerprint_of(source.split("valid"))
-        save_zero_shot(
-            run.folder / ZERO_SHOT, cfg.model_name, names, embeddings[2], image_rank, text_rank, captions
-        )  # fmt: skip
+        measured = Measured(names, embeddings[2], image_rank, text_rank, captions)
+        save_zero_shot(run.folder / ZERO_SHOT, cfg.model_name, measured)
         report.picture(state.measured, embeddings[0], 0, is_best=True)
     if cfg.wise_ft:
         save_start(run.folder)
@@ -78,9 +68,7 @@ def begin(
     return state, train_loader, valid_loader
 
 
-def resume(
-    run: Run, source: DataSource, device: torch.device, report: Report, began: float
-) -> tuple[TrainState, Loader, Loader]:
+def resume(run: Run, source: DataSource, device: torch.device, report: Report, began: float) -> Started:
     """An interrupted run where it was: its state and its two loaders."""
     model = run.resumed_model().to(device)
     if model.cfg.sync_batch_norm:
@@ -98,17 +86,9 @@ def resume(
 
 def _loaders(model: DualEncoder, source: DataSource, report: Report) -> tuple[Loader, Loader]:
     """The loaders of the training and the validation split; the model's parameters are reported on the way."""
+    place = {"device": model.device, "rank": rank(), "world_size": world_size()}
     train, valid = (
-        build_loaders(
-            source.split(split),
-            model.tokenizer,
-            split,
-            model.cfg,
-            device=model.device,
-            rank=rank(),
-            world_size=world_size(),
-        )
-        for split in ("train", "valid")
+        build_loaders(source.split(split), model.tokenizer, split, model.cfg, **place) for split in ("train", "valid")
     )
     report.parameters(model, train.dataset.tokens.truncated + valid.dataset.tokens.truncated)
     return train, valid
@@ -131,12 +111,11 @@ def _settle_precision(model: DualEncoder, loader: Loader) -> CFG:
     return cfg
 
 
-def _settle_steps(model: DualEncoder, loader: Loader, validation: float, elapsed: float) -> CFG:
+def _settle_steps(model: DualEncoder, loader: Loader, validation: float, began: float) -> CFG:
     """The settings with `max_steps` set to what fits into `minutes`, given the seconds of a validation."""
     cfg, per_epoch, most = model.cfg, steps_per_epoch(loader, model.cfg), planned_steps(loader, model.cfg)
-    measuring = time.perf_counter()
     pace = measure_pace(model, loader, cfg)
-    left = 60 * cfg.minutes - elapsed - (time.perf_counter() - measuring)
+    left = 60 * cfg.minutes - (time.perf_counter() - began)
     steps = steps_within(left, pace, validation + EPOCH_OVERHEAD, per_epoch, most)
     print(
         f"{cfg.minutes:g} minutes: {pace:.2f} s a step and {validation:.1f} s a validation leave room for "
