@@ -13,9 +13,6 @@ from .cli import parse
 from .config import CFG
 from .errors import UserError, run_command
 
-# Settings that may differ between two calls of one sweep: they do not change what is learned
-_MAY_DIFFER = {"device", "num_workers", "checkpoint_steps", "on_bad_image", "image_cache", "cache_path"}
-
 
 def strategies(depth: int, head_lr: float) -> dict[str, dict[str, object]]:
     """The settings of each run after zero-shot, by its name; `depth` is the number of blocks of the image tower."""
@@ -67,18 +64,13 @@ def _train(cfg: CFG, run: Path, changes: dict[str, object]) -> Path:
     """Train the run with these changes of the settings, or finish it."""
     from .models.saved import SETTINGS, run_config
     from .train import main
+    from .training.run import resumed
 
     print(f"\n== {run.name}")
     wanted = dataclasses.replace(cfg, run_dir=str(run), **changes)
-    if not (run / SETTINGS).is_file():
-        return main(wanted)
-    saved = run_config(run)
-    for name, value in dataclasses.asdict(wanted).items():
-        if name not in _MAY_DIFFER and value != getattr(saved, name):
-            raise UserError(
-                f"{run} was trained with {name}={getattr(saved, name)!r}, not {value!r}: choose another --run-dir"
-            )
-    return main(CFG(resume=str(run), device=cfg.device, num_workers=cfg.num_workers))
+    if (run / SETTINGS).is_file():
+        wanted = resumed(dataclasses.replace(wanted, resume=str(run)), defaults=run_config(run))
+    return main(wanted)
 
 
 if __name__ == "__main__":

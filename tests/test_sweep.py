@@ -69,7 +69,7 @@ def test_a_deep_tower_has_its_first_six_blocks_frozen():
 def test_a_sweep_does_not_mix_runs_of_different_settings(hf_cfg, plain, tmp_path):
     cfg = hf_cfg(epochs=1, run_dir=str(tmp_path))
     main(dataclasses.replace(cfg, epochs=0, run_dir=str(tmp_path / "zero-shot")))
-    with pytest.raises(UserError, match="zero-shot was trained with batch_size=4, not 5: choose another --run-dir"):
+    with pytest.raises(UserError, match="zero-shot was trained with batch_size=4; a resume cannot change it to 5"):
         sweep(dataclasses.replace(cfg, batch_size=5))
     with pytest.raises(UserError, match="zero-shot is a run: choose another --run-dir"):
         sweep(dataclasses.replace(cfg, run_dir=str(tmp_path / "zero-shot")))

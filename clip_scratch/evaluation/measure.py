@@ -110,6 +110,6 @@ def read_zero_shot(path: Path) -> Measured:
     """The ranks that `save_zero_shot` wrote. Raises UserError where the file is damaged."""
     try:
         saved = json.loads(path.read_text())
-        return Measured(saved["images"], *(torch.tensor(saved[name]) for name in _RANKS), saved["fingerprint"])
+        return Measured(list(saved["images"]), *(torch.tensor(saved[name]) for name in _RANKS), saved["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): train the run again, or delete the file") from error

@@ -27,13 +27,11 @@ def build_optimizer(model: DualEncoder, cfg: CFG) -> torch.optim.AdamW:
             groups.setdefault((place.part, rate, parameter.ndim >= 2), []).append(parameter)
     if not groups:
         raise UserError("nothing to train: every parameter is frozen")
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate, "weight_decay": cfg.weight_decay if decay else 0.0, "part": part}
-            for (part, rate, decay), parameters in groups.items()
-        ],
-        fused=True,
-    )
+    groups = [
+        {"params": parameters, "lr": rate, "weight_decay": cfg.weight_decay if decay else 0.0, "part": part}
+        for (part, rate, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -51,7 +49,6 @@ def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CFG, total_steps: int
     """
     if cfg.scheduler == "plateau":
         return ReduceLROnPlateau(optimizer, mode="max", patience=cfg.patience, factor=cfg.factor)
-
     warmup = min(cfg.warmup_steps, total_steps // 5)
 
     def multiplier(step: int) -> float:

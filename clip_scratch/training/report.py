@@ -37,12 +37,11 @@ class Report:
 
     def parameters(self, model: DualEncoder, truncated: int) -> None:
         """How many parameters train, and how many captions are cut off."""
-        frozen = frozen_parts(self.cfg)
+        frozen, limit = frozen_parts(self.cfg), model.tokenizer.model_max_length
         for part, (trained, total) in count_parameters(model).items():
             why = f" (freeze: {frozen[part]})" if part in frozen else ""
             print(f"{_LABELS[part] + ':':<13}{trained:>12,} of {total:>12,} parameters train{why}")
         if truncated:
-            limit = model.tokenizer.model_max_length
             print(f"{truncated:,} captions are longer than {limit} tokens and are cut off there")
 
     def begin(self, state: TrainState) -> None:
@@ -83,8 +82,7 @@ class Report:
         for warning in epoch_warnings(line, state, stats, self.cfg.loss):
             print(f"warning: {warning}", file=sys.stderr)
         if progress.reached:
-            wall = line["wall_seconds"]
-            print(f"text to image R@10 has reached {self.cfg.stop_at:g}: stopped after {wall:.1f} s")
+            print(f"text to image R@10 has reached {self.cfg.stop_at:g}: stopped after {line['wall_seconds']:.1f} s")
         elif state.is_stale:
             print(f"no better rsum in {progress.stale} epochs: stopped early")
 
@@ -135,9 +133,7 @@ class Report:
         else:
             prepare = "python -m clip_scratch.prepare flickr8k"
             commands["train on Flickr8k"] = f"{prepare} && python -m clip_scratch.train flickr8k"
-        print()
-        for what, command in commands.items():
-            print(f"{what + ':':<32}{command}")
+        print("", *(f"{what + ':':<32}{command}" for what, command in commands.items()), sep="\n")
 
 
 def _recalls(metrics: dict[str, float]) -> str:

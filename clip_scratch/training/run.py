@@ -11,6 +11,7 @@ Every file is replaced in one rename: a run that is killed at any moment leaves 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -102,8 +103,7 @@ class Run:
     def resumed_model(self) -> DualEncoder:
         """The model of a resumed run without its weights, and with its resolved settings."""
         model = bare_model(self.best, training=True)
-        free = {name: getattr(self.cfg, name) for name in FREE_ON_RESUME}
-        model.cfg = dataclasses.replace(model.cfg, **free)
+        model.cfg = dataclasses.replace(model.cfg, **{name: getattr(self.cfg, name) for name in FREE_ON_RESUME})
         return model
 
     def resume(self, state: TrainState) -> None:
@@ -120,10 +120,9 @@ class Run:
 
     def save_last(self, state: TrainState) -> None:
         """Replace the checkpoint that a resume starts from."""
-        if not self.writes:
-            return
-        self._last.parent.mkdir(exist_ok=True)
-        save_tree(self._last, {**state.state_dict(), "fingerprint": self.fingerprint})
+        if self.writes:
+            self._last.parent.mkdir(exist_ok=True)
+            save_tree(self._last, {**state.state_dict(), "fingerprint": self.fingerprint})
 
     def open_log(self, epochs: int, steps: int) -> None:
         """Open metrics.jsonl and the TensorBoard events, both cut back to finished `epochs` and `steps`."""
@@ -132,9 +131,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         self.lines = [line for line in lines if json.loads(line)["epoch"] <= epochs]
-        if not self.writes:
-            return
-        self.board = SummaryWriter(str(self.folder), purge_step=steps + 1)
+        self.board = SummaryWriter(str(self.folder), purge_step=steps + 1) if self.writes else None
 
     def log_epoch(self, line: dict[str, object]) -> None:
         """Append a line to metrics.jsonl, and its numbers to TensorBoard at its optimizer step."""
@@ -171,9 +168,8 @@ class Run:
 def _free_folder(cfg: CFG) -> Path:
     """runs/PRESET-DATE-TIME, with a number where another run began in the same second."""
     preset = next((name for name, preset in PRESETS.items() if type(cfg) is preset), "run")
-    folder = Path("runs", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    names = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in range(1, 1000))
-    return next(name for name in names if not name.exists())
+    name = f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(path for n in range(1, 1000) if not (path := Path(name if n == 1 else f"{name}-{n}")).exists())
 
 
 def _check_new(folder: Path) -> None:
@@ -240,16 +236,13 @@ class Interrupt:
     """Ctrl-C and SIGTERM ask to stop after the current step; a second one stops at once."""
 
     def __init__(self, folder: Path) -> None:
-        self.is_asked = False
-        self._before: dict = {}
+        self.is_asked, self._before = False, {}
         self._advice = f"resume with: python -m clip_scratch.train --resume {folder}"
 
     def __enter__(self) -> Interrupt:
-        try:
+        with contextlib.suppress(ValueError):  # not the main thread, as in some notebooks: an interrupt stops at once
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._ask)
-        except ValueError:  # not the main thread, as in some notebooks: an interrupt then stops at once
-            pass
         return self
 
     def _ask(self, number, frame) -> None:

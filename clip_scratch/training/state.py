@@ -93,9 +93,9 @@ class TrainState:
 
     def state_dict(self) -> dict[str, object]:
         """Tensors, numbers, strings, lists and dicts of them: all that an exact resume needs."""
-        states = {name: part.state_dict() for name, part in self._parts().items()}
-        progress, device = dataclasses.asdict(self.progress), self.model.device
-        return {**states, "progress": progress, "wall_seconds": self.wall_seconds, "random": random_states(device)}
+        random, progress = random_states(self.model.device), dataclasses.asdict(self.progress)
+        own = {"progress": progress, "wall_seconds": self.wall_seconds, "random": random}
+        return {name: part.state_dict() for name, part in self._parts().items()} | own
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned. Raises an error of several kinds where it does not fit."""
@@ -123,9 +123,9 @@ def seed_everything(seed: int) -> None:
 
 def random_states(device: torch.device) -> dict[str, object]:
     """The state of every random generator that training on `device` draws from."""
-    python, numpy_state = random.getstate(), np.random.get_state(legacy=False)
+    numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    states = {"python": [python[0], list(python[1]), python[2]], "numpy": numpy_state, "torch": torch.get_rng_state()}
+    states = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
@@ -137,9 +137,7 @@ def restore_random_states(states: dict, device: torch.device) -> None:
     """Restore what `random_states` returned; on a device of another type its own generator stays as it is."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
-    numpy_state = states["numpy"]
-    key = np.array(numpy_state["state"]["key"], np.uint32)
-    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

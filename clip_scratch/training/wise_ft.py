@@ -26,14 +26,13 @@ def save_start(folder: Path) -> None:
     write_atomically(folder / ZERO_SHOT, lambda temporary: shutil.copyfile(folder / "best" / WEIGHTS, temporary))
 
 
-def interpolate(
-    zero_shot: dict[str, torch.Tensor], fine_tuned: dict[str, torch.Tensor], alpha: float
-) -> dict[str, torch.Tensor]:
+Weights = dict[str, torch.Tensor]  # a state dict
+
+
+def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> Weights:
     """(1 - alpha) times the zero-shot and alpha times the fine-tuned weights; integers are the fine-tuned ones."""
-    return {
-        name: torch.lerp(zero_shot[name], tuned, alpha) if tuned.is_floating_point() else tuned
-        for name, tuned in fine_tuned.items()
-    }
+    pairs = ((name, zero_shot[name], tuned) for name, tuned in fine_tuned.items())
+    return {name: torch.lerp(old, new, alpha) if new.is_floating_point() else new for name, old, new in pairs}
 
 
 def average_with_start(folder: Path, last: DualEncoder, epochs: int, valid_loader: Loader, alpha: str) -> str:
