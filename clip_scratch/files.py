@@ -53,24 +53,27 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
 def write_json(path: Path, content: object) -> None:
     """Write `content` as indented JSON, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_target(path: str | Path, suffix: str = "") -> None:
     """Raise UserError where no file can be written at `path`, before the work that would fill it; "" names no file."""
-    if not path:
-        return
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; name a file in it")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: the folder {path.parent} is not writable")
-    if path.suffix.lower() != suffix and suffix:
-        raise UserError(f"cannot write {path}: its name must end in {suffix}")
+    target, folder = Path(path), Path(path).parent
+    faults = {
+        f"there is no folder {folder}": not folder.is_dir(),
+        "it is a folder; name a file in it": target.is_dir(),
+        f"the folder {folder} is not writable": not os.access(folder, os.W_OK),
+        f"its name must end in {suffix}": suffix and target.suffix.lower() != suffix,
+    }
+    if path and (fault := next((fault for fault, applies in faults.items() if applies), "")):
+        raise UserError(f"cannot write {path}: {fault}")
 
 
 def write_figure(figure, path: str | Path) -> Path:

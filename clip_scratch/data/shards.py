@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import UserError
-from ..files import cache_folder, sole_writer, write_atomically
+from ..files import cache_folder, sole_writer, write_atomically, write_text
 from .image_files import copy_of, image_source, is_url, local_version, open_shard, record_of
 from .images import IMAGE_SUFFIXES, images_below, load_image
 from .readers import captions_in
@@ -192,8 +192,7 @@ def _samples(shard: str) -> tuple[list, str]:
     samples, fault = _scan(shard)
     if not fault:
         with contextlib.suppress(OSError):  # without a cache folder the shard is read each time
-            content = json.dumps({"version": version, "samples": samples})
-            write_atomically(record_of(shard), lambda temporary: temporary.write_text(content))
+            write_text(record_of(shard), json.dumps({"version": version, "samples": samples}))
     return samples, fault
 
 

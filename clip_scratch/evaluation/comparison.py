@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..config import CFG
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import write_text
 from ..models.freezing import frozen_parts
 from ..models.saved import best_folder, load, run_config
 from . import comparison_table
@@ -96,24 +96,18 @@ class Comparison:
 
     def write(self, markdown: str | Path = "", csv: str | Path = "", chart: str | Path = "") -> None:
         """Write the table to the files that are given."""
-        for path, content in (
-            (markdown, f"{self.text()}\n"),
-            (csv, self.table.to_csv(index=False, lineterminator="\n")),
-        ):
-            if path:
-                data = content.encode()
-                write_atomically(Path(path), lambda temporary, data=data: temporary.write_bytes(data))
+        if markdown:
+            write_text(Path(markdown), f"{self.text()}\n")
+        if csv:
+            write_text(Path(csv), self.table.to_csv(index=False, lineterminator="\n"))
         if chart:
             self.chart(chart)
 
 
 def compare(
-    runs: Sequence[str | Path],
-    split: str = "valid",
-    captions_path: str = "",
-    image_path: str = "",
+    runs: Sequence[str | Path], split: str = "valid", captions_path: str = "", image_path: str = "",
     device: str = "auto",
-) -> Comparison:
+) -> Comparison:  # fmt: skip
     """Measure the best model of each run on a split of its own captions, or of those of another file.
 
     Zero-shot rows come first: runs that trained no epoch, and, on the runs' own validation split, what runs recorded
@@ -188,5 +182,5 @@ def read_record(run: str | Path) -> Record:
 
 def _by_part(values: dict[str, str]) -> str:
     """One value where all parts have the same, else each with its part: "image first:6, text none"."""
-    first, *others = set(values.values())
-    return ", ".join(f"{part} {value}" for part, value in values.items()) if others else first
+    same = len(set(values.values())) == 1
+    return next(iter(values.values())) if same else ", ".join(f"{part} {value}" for part, value in values.items())

@@ -35,16 +35,10 @@ def text(comparison: Comparison) -> str:
     }
     widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
     lines = [list(columns), ["-" * width for width in widths], *zip(*columns.values(), strict=True)]
-    return "\n".join(
-        [
-            f"{_measured_on(comparison)}. Recalls in percent; in brackets the 95 % interval of R@1 "
-            f"({RESAMPLES:,} bootstrap resamples of the images).",
-            "",
-            *(f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in lines),
-            *_differences(table),
-            *_notes(comparison),
-        ]
-    )
+    lines = [f"| {' | '.join(map(str.ljust, cells, widths))} |" for cells in lines]
+    interval = f"in brackets the 95 % interval of R@1 ({RESAMPLES:,} bootstrap resamples of the images)"
+    title = f"{_measured_on(comparison)}. Recalls in percent; {interval}."
+    return "\n".join([title, "", *lines, *_differences(table), *_notes(comparison)])
 
 
 def _measured_on(comparison: Comparison) -> str:
@@ -111,16 +105,11 @@ def chart(comparison: Comparison, path: str | Path) -> Path:
     table, n = comparison.table, len(comparison.rows)
     figure = Figure(figsize=(9, 1.8 + 0.75 * n), dpi=120, layout="constrained")
     axis = figure.subplots()
-    for way, label, colour, offset in (
-        ("i2t", "image to text", "#5b9fb8", -0.19),
-        ("t2i", "text to image", "#e08e45", 0.19),
-    ):
+    for way, label, colour, offset in (("i2t", "image to text", "C0", -0.19), ("t2i", "text to image", "C1", 0.19)):
         value, low, high = (table[f"{way}_r@1{end}"].to_numpy(float) for end in ("", "_low", "_high"))
         # With few images the value may be outside its percentile interval; an error bar has no negative length
         errors = np.maximum(0, [value - low, high - value])
-        bars = axis.barh(
-            np.arange(n) + offset, value, 0.38, xerr=errors, label=label, color=colour, ecolor="#333333", capsize=3
-        )
+        bars = axis.barh(np.arange(n) + offset, value, 0.38, xerr=errors, label=label, color=colour, capsize=3)
         axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
     axis.set_yticks(range(n), [textwrap.fill(name, 28) for name in table["run"]], parse_math=False)
     axis.invert_yaxis()  # the first row on top, as in the table

@@ -15,6 +15,7 @@ from ..errors import UserError
 from .classification import UNSEEN, Classified, measure_classes
 
 C_GRID = tuple(10.0**power for power in range(-3, 7))  # inverse strengths of the L2 penalty that are tried
+Labelled = tuple[np.ndarray, Sequence[str]]  # features (N, D) and N labels
 
 
 def fit(features: np.ndarray, labels: Sequence[str], c: float):
@@ -28,7 +29,7 @@ def fit(features: np.ndarray, labels: Sequence[str], c: float):
         return LogisticRegression(C=c, max_iter=1000).fit(features, labels)
 
 
-def choose_c(train: tuple[np.ndarray, np.ndarray], held_out: tuple[np.ndarray, np.ndarray]) -> float:
+def choose_c(train: Labelled, held_out: Labelled) -> float:
     """The C of the grid with the best accuracy on the held-out images; the smallest of equals."""
     return max(C_GRID, key=lambda c: fit(*train, c).score(*held_out))
 
@@ -39,12 +40,8 @@ def hold_out(labels: np.ndarray) -> np.ndarray:
     return (shuffled.groupby(shuffled).cumcount() % 5 == 1).sort_index().to_numpy()
 
 
-def linear_probe(
-    train: tuple[np.ndarray, Sequence[str]],
-    report: tuple[np.ndarray, Sequence[str]],
-    valid: tuple[np.ndarray, Sequence[str]] | None = None,
-) -> Classified:
-    """Fit on `train`, report on `report`; each is features (N, D) and N labels.
+def linear_probe(train: Labelled, report: Labelled, valid: Labelled | None = None) -> Classified:
+    """Fit on `train`, report on `report`.
 
     C is chosen on `valid`, or without it on a fifth of the training images; the classifier is then fitted on all
     training images. The metrics, with `C`, `n_train_images` and `n_unseen`, are over the training classes; the
@@ -54,16 +51,14 @@ def linear_probe(
     features, labels = train[0], np.asarray(train[1])
     if (labels == labels[0]).all():
         raise UserError(f"a linear probe needs two classes; all training images have the label {str(labels[0])!r}")
+    fitted, held_out = train, valid
     if valid is None:
         mask = hold_out(labels)
         if not mask.any():
-            raise UserError(
-                "every class has only one training image, so none can be held out to choose the regularisation: "
-                "add images, or report another split than valid"
-            )
-        c = choose_c((features[~mask], labels[~mask]), (features[mask], labels[mask]))
-    else:
-        c = choose_c(train, valid)
+            remedy = "add images, or report another split than valid"
+            raise UserError(f"every class has only one training image, so none can be held out to choose C: {remedy}")
+        fitted, held_out = (features[~mask], labels[~mask]), (features[mask], labels[mask])
+    c = choose_c(fitted, held_out)
     classifier = fit(features, labels, c)
     targets = pd.Index(classifier.classes_).get_indexer(report[1])
     scores = classifier.decision_function(report[0])

@@ -11,11 +11,9 @@ _CHUNK = 4096  # captions scored at a time, so that memory does not grow with ca
 
 
 def recall_at_k(
-    image_embeddings: torch.Tensor,
-    text_embeddings: torch.Tensor,
-    image_of_caption: torch.Tensor | Sequence[int],
+    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, image_of_caption: torch.Tensor | Sequence[int],
     ks: Sequence[int] = (1, 5, 10),
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Recall@k of text-to-image and image-to-text retrieval, as fractions, with median ranks and rsum.
 
     (N, P) embeddings of distinct images, (C, P) of captions, and for each caption the row of its image (C,).
@@ -62,11 +60,10 @@ def ranks(
 
 def recalls_of(image_rank: torch.Tensor, text_rank: torch.Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """The metrics of `recall_at_k` from the `ranks` of all captions, (C,), and images, (N,)."""
-    metrics = {f"image_retrieval_recall@{k}": (image_rank <= k).double().mean().item() for k in ks}
-    metrics |= {f"text_retrieval_recall@{k}": (text_rank <= k).double().mean().item() for k in ks}
-    medians = {"image_median_rank": image_rank.double().quantile(0.5).item()}
-    medians["text_median_rank"] = text_rank.double().quantile(0.5).item()
-    return metrics | medians | {"rsum": 100 * sum(metrics.values())}
+    of = {"image": image_rank.double(), "text": text_rank.double()}
+    recalls = {f"{kind}_retrieval_recall@{k}": (of[kind] <= k).double().mean().item() for kind in of for k in ks}
+    medians = {f"{kind}_median_rank": rank.quantile(0.5).item() for kind, rank in of.items()}
+    return recalls | medians | {"rsum": 100 * sum(recalls.values())}
 
 
 def format_table(metrics: dict[str, float], split: str, n_images: int, n_captions: int) -> str:

@@ -13,11 +13,9 @@ TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.")
 
 
 def classify(
-    model: DualEncoder,
-    images: ImageLike | Sequence[ImageLike],
-    labels: Sequence[str],
+    model: DualEncoder, images: ImageLike | Sequence[ImageLike], labels: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
-) -> list[list[tuple[str, float]]]:
+) -> list[list[tuple[str, float]]]:  # fmt: skip
     """For each image, every label with its probability, best first.
 
     Probabilities are the softmax, at the model's temperature, over the cosines with `label_embeddings`, which also
