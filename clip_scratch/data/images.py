@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..config import CFG
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .image_files import image_source, stamp
 
 IMAGE_SUFFIXES = {
@@ -146,9 +146,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def fault_of(path: str | Path, error: Exception) -> str:
     """Why an image cannot be used, after a decoder has raised `error`."""
-    if stamp(path) is None:
-        return "no such file"
-    return f"cannot be decoded ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return "no such file" if stamp(path) is None else f"cannot be decoded ({first_line(error)})"
 
 
 def shorter_side(cfg: CFG) -> int:

@@ -22,7 +22,7 @@ from torch import nn
 from ..data.images import shorter_side
 from ..data.loaders import Batch
 from ..data.tokenizer import tokenize
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import write_json
 from ..models.clip import DualEncoder
 
@@ -178,8 +178,7 @@ def _export(tower: nn.Module, example: tuple, inputs: list[str], output: str, si
         cause = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        raise UserError(f"{path.stem} tower cannot be exported to ONNX: {reason}") from error
+        raise UserError(f"{path.stem} tower cannot be exported to ONNX: {first_line(cause)}") from error
 
 
 @contextlib.contextmanager

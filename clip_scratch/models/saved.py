@@ -21,7 +21,7 @@ import torch
 from ..config import CFG
 from ..device import pick_device
 from ..environment import git_commit
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import write_atomically, write_json
 from ..hub import HUB, hub_cache, hub_snapshot, is_function
 from .build import model_class
@@ -89,10 +89,9 @@ def run_config(folder: str | Path) -> CFG:
     path = Path(folder) / SETTINGS
     if not os.path.isfile(path):
         raise UserError(f"{folder} is not a run folder: there is no {path}")
-    known = {field.name for field in dataclasses.fields(CFG)}
     try:
         saved = json.loads(path.read_text())
-        return CFG(**{name: value for name, value in saved.items() if name in known})
+        return CFG(**{name: value for name, value in saved.items() if hasattr(CFG, name)})
     except (OSError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
@@ -113,7 +112,7 @@ def bare_model(best: Path, training: bool = False) -> DualEncoder:
         options = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(best, config=architecture, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{best} is damaged: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{best} is damaged: {first_line(error)}") from error
     bare = dataclasses.replace(cfg, pretrained=False, image_weights="", text_tokenizer="")
     for name in ("image_freeze", "text_freeze"):
         if not training and getattr(cfg, name) == "lora":
@@ -131,8 +130,8 @@ def _refuse_code_in(best: Path, cfg: CFG) -> None:
             raise UserError(f"{best / SETTINGS}: {name} would run code that a model from a hub names: refused")
         file = Path(*name.partition(":")[0].split("."))
         if any(Path(entry, file).resolve().is_relative_to(run) for entry in sys.path):
-            message = f"no code is imported from a run folder. Put the module of {name} elsewhere"
-            raise UserError(f"{best / SETTINGS}: {message}")
+            remedy = f"Put the module of {name} elsewhere"
+            raise UserError(f"{best / SETTINGS}: no code is imported from a run folder. {remedy}")
 
 
 def load(path: str | Path, device: str = "cpu") -> DualEncoder:
@@ -151,7 +150,7 @@ def load(path: str | Path, device: str = "cpu") -> DualEncoder:
     except FileNotFoundError as error:
         raise UserError(f"{best} holds no weights yet: the run has not finished its first epoch") from error
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{best / WEIGHTS} does not fit its settings: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{best / WEIGHTS} does not fit its settings: {first_line(error)}") from error
     return model.to(target).eval()
 
 

@@ -23,7 +23,7 @@ import torch
 
 from ..config import CFG
 from ..environment import RECORD, environment
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import remove_unfinished, write_atomically, write_json, write_text
 from ..models.clip import DualEncoder
 from ..models.saved import bare_model, prepare_best, run_config, write_tensors
@@ -115,8 +115,7 @@ class Run:
         try:
             state.load_state_dict(saved)
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self._last} does not fit the settings of {self.folder}: {reason}") from error
+            raise UserError(f"{self._last} does not fit the settings of {self.folder}: {first_line(error)}") from error
 
     def save_last(self, state: TrainState) -> None:
         """Replace the checkpoint that a resume starts from."""
@@ -228,7 +227,7 @@ def load_tree(path: Path) -> dict:
             return unpack(json.loads(file.metadata()["tree"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         best = path.parent.parent / "best"
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); {best} may still be loaded") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}); {best} may still be loaded") from error
 
 
 class Interrupt:
