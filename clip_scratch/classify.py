@@ -103,10 +103,8 @@ def linear_probe(model: DualEncoder, arguments: Arguments) -> Classified:
     source, reported = open_captions(model.cfg, arguments.captions_path, arguments.image_path), arguments.split
     splits = set(source.table["split"])
     if splits == {WHOLE}:
-        raise UserError(
-            f"{arguments.captions_path} has no splits: a linear probe needs training images besides those that it "
-            "reports. Give the file a split column (train, valid, test)."
-        )
+        needs = "a linear probe needs training images too. Give the file a split column (train, valid, test)"
+        raise UserError(f"{arguments.captions_path} has no splits: {needs}")
     parts = {}
     for split in dict.fromkeys(["train", reported, *({"valid"} & splits)]):
         part, _ = checked_split(source, split)

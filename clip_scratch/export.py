@@ -41,6 +41,7 @@ def export(
     """
     from .data.loaders import build_loaders
     from .evaluation.retrieval import recall_at_k
+    from .exporting import onnx, sentence_transformers_folder, transformers_folder
     from .files import new_folder
     from .models.saved import load
     from .retrieval.embed import embed_batches
@@ -48,7 +49,9 @@ def export(
     if int8 and format != "onnx":
         raise UserError("int8 is for --format onnx")
     model = load(run, device)
-    _check(format, model)
+    checks = {"onnx": onnx.check_onnx, "transformers": transformers_folder.check_exportable}
+    checks["sentence-transformers"] = sentence_transformers_folder.check_sentence_transformers
+    checks[format](model)  # that its library is there, and has classes for the parts of the model
     folder = Path(folder).expanduser().absolute()
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already. Name a new or empty folder to export to")
@@ -82,20 +85,9 @@ def _trained_on(run: str | Path, cfg: CFG) -> DataSource:
     last = best_folder(run).absolute().parent / "last" / STATE
     fingerprint = fingerprint_of(source.split("train")) + fingerprint_of(source.split("valid"))
     if last.is_file() and load_tree(last)["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{source.name} is not what {run} was trained on, so that its validation images may be training images. "
-            "Set --captions-path to the captions of that time"
-        )
+        risk = "its validation images may be training images. Set --captions-path to the captions of that time"
+        raise UserError(f"{source.name} is not what {run} was trained on, so that {risk}")
     return source
-
-
-def _check(format: str, model: DualEncoder) -> None:
-    """Raise UserError where the format's library is missing, or has no class for a part of the model."""
-    from .exporting import onnx, sentence_transformers_folder, transformers_folder
-
-    checks = {"onnx": onnx.check_onnx, "transformers": transformers_folder.check_exportable}
-    checks["sentence-transformers"] = sentence_transformers_folder.check_sentence_transformers
-    checks[format](model)
 
 
 def _write(
@@ -125,9 +117,8 @@ def _write(
     onnx.write_onnx_folder(model, folder)
     if int8:
         few = train.iloc[:: -(-len(train) // _CALIBRATION_IMAGES)]
-        onnx.quantize_onnx_folder(
-            folder, build_loaders(few, model.tokenizer, "valid", dataclasses.replace(cfg, batch_size=16))
-        )
+        small_batches = dataclasses.replace(cfg, batch_size=16)
+        onnx.quantize_onnx_folder(folder, build_loaders(few, model.tokenizer, "valid", small_batches))
     return *onnx.embed_with_onnx_folder(folder, images, valid["caption"].tolist()), own
 
 
@@ -135,10 +126,8 @@ def _check_drop(recalls: dict[str, dict[str, float]], most: float) -> None:
     for way in ("text", "image"):
         before, after = (100 * recalls[of][f"{way}_retrieval_recall@1"] for of in ("run", "folder"))
         if before - after > most:
-            raise UserError(
-                f"int8 lowers the R@1 of {way} retrieval from {before:.1f} to {after:.1f}: leave it out, or "
-                f"accept that with --max-drop {math.ceil(before - after)}"
-            )
+            fix = f"leave it out, or accept that with --max-drop {math.ceil(before - after)}"
+            raise UserError(f"int8 lowers the R@1 of {way} retrieval from {before:.1f} to {after:.1f}: {fix}")
 
 
 def push_to_hub(arguments: Arguments) -> str:

@@ -82,9 +82,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
 def _check(cfg: CFG) -> None:
     """Raise UserError for settings that contradict each other."""
     if cfg.micro_batch_size > cfg.batch_size:
-        raise UserError(
-            f"micro_batch_size ({cfg.micro_batch_size}) is larger than batch_size ({cfg.batch_size}): lower it"
-        )
+        sizes = f"micro_batch_size ({cfg.micro_batch_size}) is larger than batch_size ({cfg.batch_size})"
+        raise UserError(f"{sizes}: lower it")
     if cfg.wise_ft and cfg.backend != "hf_clip":
         raise UserError("wise_ft averages with zero-shot weights: use a pretrained CLIP, as the preset hf_clip does")
 

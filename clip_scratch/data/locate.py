@@ -147,10 +147,8 @@ def _captions_files(path: Path, single: bool = False) -> dict[str, Path]:
         return {split: by_split[split] for split in SPLITS if split in by_split}
     if found:
         names = ", ".join(str(file.relative_to(path)) for file in found[:5])
-        raise UserError(
-            f"{path} has several captions files ({names}). Set --captions-path to one of them, "
-            "or keep one per split, with names such as train.csv and val.csv."
-        )
+        fix = "Set --captions-path to one of them, or keep one per split, with names such as train.csv and val.csv."
+        raise UserError(f"{path} has several captions files ({names}). {fix}")
     raise UserError(f"{path} has no captions file (looked for {', '.join(PUBLISHED)}). Set --captions-path to it.")
 
 

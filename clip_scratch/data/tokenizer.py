@@ -30,9 +30,8 @@ def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokeniz
     from transformers import AutoTokenizer
 
     if not cfg.text_tokenizer and is_function(cfg.text_encoder_model):
-        raise UserError(
-            f"text_tokenizer: {cfg.text_encoder_model} has no tokenizer. Set --text-tokenizer to one, or to train"
-        )
+        fix = "Set --text-tokenizer to one, or to train"
+        raise UserError(f"text_tokenizer: {cfg.text_encoder_model} has no tokenizer. {fix}")
     name = cfg.text_tokenizer or cfg.text_encoder_model
     if name == TRAINED:
         if not len(captions):
@@ -64,13 +63,9 @@ def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerBase:
     # letters in order makes the vocabulary reproducible.
     letters = Counter(c for text in captions for c in wordpiece.normalizer.normalize_str(text) if not c.isspace())
     inner = sorted(f"##{letter}" for letter, _ in letters.most_common(_LETTERS))
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=_VOCABULARY,
-        min_frequency=2,
-        limit_alphabet=_LETTERS,
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner],
-        show_progress=False,
-    )
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *inner]
+    options = {"vocab_size": _VOCABULARY, "limit_alphabet": _LETTERS, "min_frequency": 2, "show_progress": False}
+    trainer = trainers.WordPieceTrainer(special_tokens=special, **options)
     wordpiece.train_from_iterator(captions, trainer)
     return BertTokenizerFast(vocab=wordpiece.get_vocab(), do_lower_case=True)
 

@@ -143,10 +143,9 @@ def _add(rows: list[Row], row: Row) -> None:
     """Append a row. Raises UserError where it was measured on other images or captions than the first."""
     rows.append(row)
     if row.measured.fingerprint != rows[0].measured.fingerprint:
-        raise UserError(
-            f"{rows[0].source} and {row.source} were measured on different images or captions, so they cannot be "
-            "compared: give one file to measure all runs on, --captions-path FILE"
-        )
+        sources = f"{rows[0].source} and {row.source}"
+        fix = "give one file to measure all runs on, --captions-path FILE"
+        raise UserError(f"{sources} were measured on different images or captions: {fix}")
 
 
 def run_folder(run: str | Path) -> Path:

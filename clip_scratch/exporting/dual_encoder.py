@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from transformers import BertModel, TimmWrapperConfig, VisionTextDualEncoderModel
 
 _MEAN_SCALE = 1000.0  # of the mean of the tokens relative to the token that BERT's residual connection adds to it
-_NEARLY_LINEAR = (
-    0.02  # root mean square of the input of the pooler's tanh, whose relative error is a third of its square
-)
+_NEARLY_LINEAR = 0.02  # RMS of the input of the pooler's tanh, whose relative error is a third of its square
 
 
 def to_dual_encoder(model: CLIPModel, features: torch.Tensor) -> VisionTextDualEncoderModel:

@@ -27,21 +27,15 @@ def check_exportable(model: DualEncoder) -> None:
         return
     for name in ("model_name", "text_encoder_model"):
         if is_function(value := getattr(model.cfg, name)):
-            raise UserError(
-                f"{name} {value!r}: transformers has no class for an encoder of your own. Use a tower by its name in "
-                "timm or transformers, or --format onnx"
-            )
+            fix = "Use a tower by its name in timm or transformers, or --format onnx"
+            raise UserError(f"{name} {value!r}: transformers has no class for an encoder of your own. {fix}")
     if model.cfg.head != "linear":
-        raise UserError(
-            "head 'mlp' cannot be exported: transformers projects linearly. Train with --head linear, or choose "
-            "--format sentence-transformers or onnx"
-        )
+        fix = "Train with --head linear, or choose --format sentence-transformers or onnx"
+        raise UserError(f"head 'mlp' cannot be exported: transformers projects linearly. {fix}")
     architecture = model.text_encoder.model.config.model_type
     if architecture != "bert":  # as bert-mini, bert-base-uncased and MiniLM are
-        raise UserError(
-            f"text_encoder_model: a {architecture} text tower cannot be exported, only one of type bert, such as "
-            "bert-mini; --format sentence-transformers and onnx take others"
-        )
+        fix = "only one of type bert, such as bert-mini; --format sentence-transformers and onnx take others"
+        raise UserError(f"text_encoder_model: a {architecture} text tower cannot be exported, {fix}")
 
 
 def write_transformers_folder(model: DualEncoder, folder: Path, batches: Iterable[Batch]) -> None:

@@ -79,8 +79,8 @@ class ImageEncoder(Tower):
         import timm
 
         if not timm.is_model(model_name):
-            options = suggest(model_name, timm.list_models())
-            raise UserError(f"model_name {model_name!r} is not a timm image model.{options}")
+            near = suggest(model_name, timm.list_models())
+            raise UserError(f"model_name {model_name!r} is not a timm image model.{near}")
         try:
             default = timm.models.get_pretrained_cfg(model_name)
         except RuntimeError as error:  # a tag that timm does not know, as in resnet18.nosuch

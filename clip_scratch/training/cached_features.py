@@ -158,10 +158,8 @@ def _computed_once(
                     write_atomically(path, write, size)
         return _open_tensor(path, shape, dtype)
     except OSError as error:
-        print(
-            f"the features of the frozen {tower} tower are not cached ({error}) and are computed in every epoch. Set "
-            "--cache-path to a folder with room.", file=sys.stderr
-        )  # fmt: skip
+        fix = "and are computed in every epoch. Set --cache-path to a folder with room."
+        print(f"the features of the frozen {tower} tower are not cached ({error}) {fix}", file=sys.stderr)
         return None
 
 

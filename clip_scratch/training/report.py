@@ -5,7 +5,6 @@ import math
 import shlex
 import sys
 
-import numpy as np
 import torch
 
 from ..data.source import DataSource
@@ -91,17 +90,13 @@ class Report:
 
         `image_embeddings` (N, P) are those of the distinct validation images in the order of the table.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         names, folder = self.valid_df["image"].drop_duplicates().tolist(), self.source.image_folder
         matches = find_matches(model, image_embeddings, self._queries(), names, n=_IMAGES, image_path=folder)
         figure = draw_matches(matches, columns=_IMAGES)
         if is_best:
             write_figure(figure, self.run.folder / "retrieval.png")
         if self.run.board:
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            self.run.board.add_image("retrieval", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+            self.run.board.add_figure("retrieval", figure, step)
 
     def _queries(self) -> list[str]:
         n = len(self.valid_df)
