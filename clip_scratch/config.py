@@ -157,8 +157,6 @@ _FORMS = {
     "resize": (r"stretch|crop(:[1-9]\d*)?", "stretch, crop or crop:PIXELS"),
     "wise_ft": (r"|auto|0?\.\d+|0|1(\.0+)?", "empty, auto, or a number from 0 to 1"),
 }
-# The vocabulary of earlier releases, which named what trains
-_OLD_FREEZE = {"full": "none", "heads": "backbone", "frozen": "all", "last": "all-but-last"}
 _TYPES = typing.get_type_hints(CFG)
 
 
@@ -180,9 +178,7 @@ def _validated(name: str, value: object) -> object:
         raise UserError(f"size is 0 (the pretrained image tower's own) or at least 8, not {value!r}")
     pattern, description = _FORMS.get(name, (".*", ""))
     if kind is str and not re.fullmatch(pattern, value, re.DOTALL):
-        word, colon, n = value.partition(":")
-        new = f" {value!r} is now called {_OLD_FREEZE[word] + colon + n!r}." if word in _OLD_FREEZE else ""
-        raise UserError(f"{name} is {description}, not {value!r}.{new}")
+        raise UserError(f"{name} is {description}, not {value!r}")
     low, high = _BOUNDS.get(name, (0, math.inf))
     if isinstance(value, int | float) and not low <= value <= high:
         bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"

@@ -38,11 +38,9 @@ class Classified:
         from matplotlib.figure import Figure
         from sklearn.metrics import ConfusionMatrixDisplay
 
-        k = len(self.labels)
-        names = [label.replace("$", r"\$")[:40] for label in self.labels]
-        side = min(24.0, 2.0 + k * (0.5 if k <= 20 else 0.22))
-        margin = 1.0 + 0.08 * max(map(len, names))  # inches for the class names
-        figure = Figure(figsize=(side + margin + 1, side + margin), dpi=120, layout="constrained")
+        k, names = len(self.labels), [label.replace("$", r"\$")[:40] for label in self.labels]
+        side = min(24.0, 2.0 + k * (0.5 if k <= 20 else 0.22))  # inches, and as many as the class names need
+        figure = Figure(figsize=[side + 1.5 + 0.08 * max(map(len, names))] * 2, dpi=120, layout="constrained")
         percent = 100 * self.matrix / self.matrix.sum(1, keepdim=True).clamp(min=1)
         display = ConfusionMatrixDisplay(percent.numpy(), display_labels=names).plot(
             include_values=k <= 20, values_format=".0f", cmap="Blues", xticks_rotation="vertical",

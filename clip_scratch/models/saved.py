@@ -48,26 +48,26 @@ def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[st
     differ from `metrics` in the last digit shown.
     """
     header = {"format": "pt", "epoch": str(epoch), "metrics": json.dumps(metrics), "git_commit": git_commit() or ""}
-    # Copies, since safetensors refuses tensors that share their memory, as T5's embeddings do
-    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in merged_state(model).items()}
-    write_atomically(folder / WEIGHTS, lambda temporary: write_tensors(temporary, state, header))
+    write_tensors(folder / WEIGHTS, merged_state(model), header)
     write_json(folder / "metrics.json", {"epoch": epoch, **metrics, "git_commit": header["git_commit"]})
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
-    """A safetensors file. Raises OSError where it cannot be written, a full disk included."""
+    """Write a safetensors file, atomically. Raises OSError where it cannot be written, a full disk included."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    # Copies, since safetensors refuses tensors that share their memory, as T5's embeddings do
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, path, metadata=header)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=header))
     except SafetensorError as error:
         reason = re.search(r"(.*) \(os error (\d+)\)", str(error))
         if not reason:
-            raise OSError(str(error)) from error
+            raise OSError(None, str(error), str(path)) from error
         needed = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
         reason, number = reason[1].rpartition(": ")[2], int(reason[2])
-        raise OSError(number, f"{reason}; {needed:,.1f} MB are needed") from error
+        raise OSError(number, f"{reason}; {needed:,.1f} MB are needed", str(path)) from error
 
 
 def best_folder(run: str | Path) -> Path:

@@ -24,6 +24,7 @@ from ..device import computes_in_bf16
 from ..files import cache_folder, write_json
 from ..models.clip import DualEncoder
 from ..models.precision import default_precision
+from .large_batch import split
 
 MIN_STEPS = 200  # a shorter run would not win back the seconds that measuring takes
 _CPU_IMAGES, _GPU_IMAGES = 16, 64  # a part of a batch is enough
@@ -69,10 +70,7 @@ def measure_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, 
     (tests/test_autotune.py).
     """
     n = _CPU_IMAGES if model.device.type == "cpu" else _GPU_IMAGES
-    ids = batch["image_ids"][:n]
-    captions = torch.isin(batch["caption_image_ids"], ids)
-    few = {"pixel_values": batch["pixel_values"][:n]} | {k: batch[k][captions] for k in ("input_ids", "attention_mask")}
-    few = to_device(few, model.device)
+    few = to_device(split(batch, n)[0], model.device)
     precisions = list(dict.fromkeys([default_precision(model.device), "fp32"]))
     trial = copy.deepcopy(model).train()
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):

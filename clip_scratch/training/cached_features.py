@@ -66,25 +66,15 @@ def _is_frozen(model: DualEncoder, tower: str) -> bool:
     return not any(p.requires_grad for p in model.towers[tower].parameters() if id(p) not in head)
 
 
-class _Reached(Exception):
-    """Carries the input of a head out of the forward pass."""
-
-
 def head_input(model: DualEncoder, tower: str, *inputs: torch.Tensor) -> torch.Tensor:
     """What enters the head of the "image" or "text" tower for these inputs of `encode_image` or `encode_text`."""
 
-    def leave(module: torch.nn.Module, args: tuple) -> None:
-        raise _Reached(args[0])
-
+    entered: list[torch.Tensor] = []
     encode = model.encode_image if tower == "image" else model.encode_text
-    handle = model.heads[tower].register_forward_pre_hook(leave)
-    try:
+    with model.heads[tower].register_forward_pre_hook(lambda head, args: entered.append(args[0])):
         encode(*inputs)
-    except _Reached as reached:
-        return reached.args[0]
-    finally:
-        handle.remove()
-    raise AssertionError(f"the {tower} tower has not called its head")
+    (features,) = entered
+    return features
 
 
 def _features(model: DualEncoder, tower: str, data: CaptionedImages, cfg: CFG) -> torch.Tensor | None:

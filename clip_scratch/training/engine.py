@@ -75,6 +75,7 @@ def train_epoch(
     loss = loss or loss_function(model, cfg)
     params = [p for p in model.parameters() if p.requires_grad]
     read_every = _READ_EVERY.get(model.device.type, _READ_EVERY_ON_GPU)
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     total, unread, began = EpochStats(), _Unread(), time.perf_counter()
     ahead = on_device(loader, model.device)
     while batches := list(islice(ahead, cfg.accumulation)):  # of a step; the last one of an epoch may have fewer
@@ -83,7 +84,7 @@ def train_epoch(
             unread.add(batch, *_backward(model, batch, loss, scaler, 1 / len(batches), cfg.micro_batch_size))
         sum_gradients(model)
         norm = _clip_gradients(params, optimizer, scaler, cfg.grad_clip)
-        unread.add_step(None if scaler else norm)  # a scaler skips the step of a gradient that is not finite
+        unread.add_step(None if scaler.is_enabled() else norm)  # a scaler skips the step
         is_read = unread.steps == read_every
         if is_read:
             unread.check(total.batches)
@@ -151,8 +152,7 @@ def spread(embeddings: torch.Tensor) -> torch.Tensor:
 
 def _clip_gradients(params, optimizer, scaler, largest: float) -> torch.Tensor:
     """Scale the gradients down to the norm `largest`, unless it is 0, and return their norm before, a scalar."""
-    if scaler is not None:
-        scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     # Otherwise a pass over all gradients would multiply them by one; a GPU would have to be asked, and waited for
     if largest and (norm.device.type != "cpu" or norm > largest):
@@ -161,11 +161,8 @@ def _clip_gradients(params, optimizer, scaler, largest: float) -> torch.Tensor:
 
 
 def _step(optimizer, scaler, step_scheduler) -> None:
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    scaler.step(optimizer)
+    scaler.update()
     if step_scheduler is not None:
         step_scheduler.step()
 

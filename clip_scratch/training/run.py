@@ -24,7 +24,7 @@ import torch
 from ..config import CFG
 from ..environment import RECORD, environment
 from ..errors import UserError, first_line
-from ..files import remove_unfinished, write_atomically, write_json, write_text
+from ..files import remove_unfinished, write_json, write_text
 from ..models.clip import DualEncoder
 from ..models.saved import bare_model, prepare_best, run_config, write_tensors
 from ..presets import PRESETS
@@ -193,8 +193,7 @@ def save_tree(path: Path, tree: dict) -> None:
 
     def pack(value: object, name: str) -> object:
         if isinstance(value, torch.Tensor):
-            # Copies, since safetensors refuses tensors that share their memory, as T5's embeddings do
-            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            tensors[name] = value
             return {"tensor": name}
         if isinstance(value, dict):  # as pairs: JSON turns the numbers of an optimizer's parameters into strings
             return {"dict": [[key, pack(item, f"{name}.{key}")] for key, item in value.items()]}
@@ -203,7 +202,7 @@ def save_tree(path: Path, tree: dict) -> None:
         return value
 
     header = {"tree": json.dumps(pack(tree, ""))}
-    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, header))
+    write_tensors(path, tensors, header)
 
 
 def load_tree(path: Path) -> dict:
