@@ -7,8 +7,8 @@ kills      SIGKILL, SIGINT or SIGTERM at a random moment of training, tuning, dr
            the same command, or --resume, goes on and ends with the same bytes
 disks      a tmpfs that fills up at a random write: one line and status 2; with more room it goes on to the same bytes
 captions   captions files of every format with bytes changed, cut, doubled: a table or one UserError
-images     image files of every format, changed in the same ways, and the broken files that people have: pixels, or a
-           fault that the reports name
+images     image files of every format, changed in the same ways: pixels, or one UserError
+broken     a run on a data set with the broken and the unusual files that people have: it completes and lists them
 models     files of a run, an index and an exported folder cut, changed, swapped, replaced by a pickle: a UserError or a
            model; the pickle is never opened
 soak       training, indexing and searching in one process for --soak minutes: memory, file handles, temporary files
@@ -70,7 +70,7 @@ _UNEQUAL |= {"manifest.sqlite", "manifest.sqlite-wal", "manifest.sqlite-shm"}
 class Arguments:
     """Try to break the commands; prints a table of what was tried and survived."""
 
-    only: list[str] = field(default_factory=list)  # kills, disks, captions, images, models, soak; none: all
+    only: list[str] = field(default_factory=list)  # kills, disks, captions, images, broken, models, soak; none: all
     kills: int = 200  # processes to kill, and a quarter as many disks to fill
     fuzz: int = 10_000  # captions files, and images
     soak: float = 5.0  # minutes
@@ -79,7 +79,15 @@ class Arguments:
 
 def main(arguments: Arguments) -> Counter:
     """Run the trials; returns how many of each kind ended how. Raises UserError for an unknown kind."""
-    kinds = {"kills": kills, "disks": disks, "captions": captions, "images": images, "models": models, "soak": soak}
+    kinds = {
+        "kills": kills,
+        "disks": disks,
+        "captions": captions,
+        "images": images,
+        "broken": broken,
+        "models": models,
+        "soak": soak,
+    }
     for name in arguments.only:
         if name not in kinds:
             raise UserError(f"--only takes {', '.join(kinds)}, not {name!r}")
@@ -370,7 +378,7 @@ BROKEN = {
 
 
 def images(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
-    """Fuzzed image files, one by one; then a run on a data set of which 1 % are broken."""
+    """Fuzzed image files, one by one."""
     from clip_scratch.data.images import load_image, reading
 
     def load(path: Path):
@@ -386,22 +394,26 @@ def images(arguments: Arguments, work: Path, count: Callable[[str, str], None]) 
             outcome = _within(10, load, path)
         count(f"fuzzed {name}", outcome)
         path.unlink()
+
+
+def broken(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
+    """A run on a data set of which 3 % of the images are broken, each in a way of its own, and 5 % unusual."""
     _materials(work)
-    folder = work / "one percent"
+    folder = work / "some broken"
     shutil.copytree(work / "data", folder)
     names = sorted(path.name for path in (folder / "Images").iterdir())
     odd = {"cut in half": (folder / "Images" / names[0]).read_bytes()[:200]} | BROKEN
-    broken = names[:: max(1, len(names) // len(odd))][: len(odd)]  # 3 %: each kind once
-    for name, content in zip(broken, odd.values(), strict=True):
+    bad = names[:: max(1, len(names) // len(odd))][: len(odd)]  # each kind once
+    for name, content in zip(bad, odd.values(), strict=True):
         (folder / "Images" / name).write_bytes(content)
-    fine = [name for name in names if name not in broken]
+    fine = [name for name in names if name not in bad]
     for name, content in zip(fine, _image_files().values(), strict=False):  # unusual, or under a wrong extension
         (folder / "Images" / name).write_bytes(content)
     settings = ["--captions-path", str(folder), "--on-bad-image", "skip"]
     words = [word for word in TRAIN if word not in ("--n-scenes", "120")]
     status = finish([*words, *settings], folder, work / "said")
     said = (work / "said").read_text()
-    missing = [name for name in broken if name not in said]
+    missing = [name for name in bad if name not in said]
     count("a run with broken images", f"MISSED {missing}" if status or missing else "completed, all were listed")
 
 

@@ -448,4 +448,4 @@ def test_mistakes(here, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(here.folder, broken)
     (broken / "metrics.jsonl").write_text("{")
-    assert "broken is damaged" in wrong(str(broken))
+    assert "metrics.jsonl is damaged" in wrong(str(broken))

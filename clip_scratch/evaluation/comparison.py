@@ -15,7 +15,7 @@ from ..config import CFG
 from ..errors import UserError
 from ..files import write_text
 from ..models.freezing import frozen_parts
-from ..models.saved import best_folder, load, run_config
+from ..models.saved import best_folder, best_metrics, load, run_config
 from . import comparison_table
 from .bootstrap import interval, resampled_recalls
 from .measure import ZERO_SHOT, Measured, checked_split, count_ambiguous, measure, open_captions, read_zero_shot
@@ -159,13 +159,12 @@ def read_record(run: str | Path) -> Record:
     A pretrained CLIP is untrained if its last epoch is 0, or, where only `best/` is there, if its best epoch is.
     """
     folder, best = run_folder(run), best_folder(run)
-    cfg, log, metrics = run_config(best), folder / "metrics.jsonl", best / "metrics.json"
+    cfg, log, chosen = run_config(best), folder / "metrics.jsonl", best_metrics(best)
     try:
         lines = log.read_text().splitlines() if log.is_file() else []
         last = json.loads(lines[-1]) if lines else {}
-        chosen = json.loads(metrics.read_text()) if metrics.is_file() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is damaged: {error} in metrics.jsonl or metrics.json") from error
+        raise UserError(f"{log} is damaged: {error}") from error
     if cfg.backend == "hf_clip" and (last or chosen).get("epoch") == 0:
         return Record(wall_seconds=last.get("wall_seconds"))
     frozen, rates = frozen_parts(cfg), {}

@@ -70,6 +70,18 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str
         raise OSError(number, f"{reason}; {needed:,.1f} MB are needed", str(path)) from error
 
 
+def best_metrics(best: Path) -> dict[str, float]:
+    """Epoch and metrics that `save_best` wrote; {} where there is no such file. Raises UserError for a damaged one."""
+    path = best / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(metrics, dict) or (path.is_file() and "epoch" not in metrics):
+        raise UserError(f"{path} is damaged: it has no epoch")
+    return metrics
+
+
 def best_folder(run: str | Path) -> Path:
     """The `best/` of a run that is named by its folder or by `best/` itself; `hub:USER/NAME` is downloaded.
 

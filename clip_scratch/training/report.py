@@ -1,6 +1,5 @@
 """Everything that a training run prints and draws: the bar, a line per epoch, warnings, pictures, the final table."""
 
-import json
 import math
 import shlex
 import sys
@@ -12,6 +11,7 @@ from ..evaluation.retrieval import format_table
 from ..files import write_figure
 from ..models.clip import DualEncoder
 from ..models.freezing import count_parameters, frozen_parts
+from ..models.saved import best_metrics
 from ..retrieval.matches import find_matches
 from ..retrieval.results import draw_matches
 from .engine import EpochStats
@@ -108,7 +108,7 @@ class Report:
         if not progress.best_epoch and not self.is_pretrained:
             print("no epoch was finished: nothing was measured")
             return
-        metrics = json.loads((self.run.best / "metrics.json").read_text())
+        metrics = best_metrics(self.run.best)
         alpha = metrics.get("wise_ft_alpha", 1)
         mixed = f", averaged with zero-shot: {alpha:g} of it" if alpha < 1 else ""
         print(f"\nbest epoch: {metrics['epoch']}{mixed}")

@@ -128,8 +128,11 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.lines = [line for line in lines if json.loads(line)["epoch"] <= epochs]
+        try:
+            lines = path.read_text().splitlines() if path.is_file() else []
+            self.lines = [line for line in lines if json.loads(line)["epoch"] <= epochs]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): delete it to go on without its lines") from error
         self.board = SummaryWriter(str(self.folder), purge_step=steps + 1) if self.writes else None
 
     def log_epoch(self, line: dict[str, object]) -> None:
