@@ -2,7 +2,7 @@
 
 python -m clip_scratch.prepare scenes --n 10000 --out data/scenes
 python -m clip_scratch.prepare flickr8k
-python -m clip_scratch.prepare flickr30k
+python -m clip_scratch.prepare flickr30k --archive flickr30k-images.tar.gz
 python -m clip_scratch.prepare shards --captions-path captions.csv --out shards
 python -m clip_scratch.prepare check captions.csv images --html report.html
 python -m clip_scratch.prepare cache --older-than 30
@@ -10,26 +10,21 @@ python -m clip_scratch.prepare cache --older-than 30
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import time
-import zipfile
-import zlib
-from http.client import HTTPException
+from collections.abc import Callable
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from tyro.conf import Positional
 
+from .data.sources import SOURCES, fetch
 from .errors import UserError, run_command, suggest
-from .files import cache_folder, check_target, new_folder, remove_unfinished, sole_writer, write_atomically, write_json
+from .files import cache_folder, check_target, remove_unfinished, sole_writer, write_atomically, write_json
+from .presets import PRESETS
 
-FLICKR8K_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
-TIMEOUT = 8  # seconds without a byte from the server
 CACHES = {  # in the cache folder
     "images-*": "images", "features-*.bin": "features of a frozen tower", "precision-*.json": "measured precision",
     "shard-*.json": "content of a shard", "shards/*.tar": "copy of a shard",
@@ -53,47 +48,38 @@ def scenes(n: int = 10_000, out: str = "data/scenes", seed: int = 42) -> None:
     print(f"Train on it:  {command} --horizontal-flip 0")  # left and right matter in the captions
 
 
-def flickr8k(out: str = "data/flickr8k", url: str = FLICKR8K_URL) -> None:
-    """Download Flickr8k (1.1 GB) from its public mirror and unpack it; an interrupted download is resumed.
+def _data_set(name: str) -> Callable:
+    """The subcommand that prepares a published data set."""
+    source = SOURCES[name]
+    what = "downloads it" if source.files and not source.by_hand else "says what to get by hand"
+
+    def command(out: str = f"data/{name}", archive: tuple[str, ...] = (), url: str = "") -> None:
+        folder = Path(out)
+        try:
+            fetch(name, folder, tuple(map(Path, archive)), url)
+        except OSError as error:
+            raise UserError(f"cannot prepare {folder}: {error}") from error
+        check(str(folder))
+        if archives := [str(path) for pattern in ("*.zip", "*.tar.gz") for path in folder.glob(pattern)]:
+            print(f"No longer needed:  {' '.join(archives)}")
+        is_preset = getattr(PRESETS.get(name), "captions_path", "") == out
+        print(f"Train on it:  python -m clip_scratch.train {name if is_preset else f'--captions-path {out}'}")
+
+    command.__doc__ = f"""Get {name}: {what}, or takes archives that you have, and checks it.
 
     Args:
         out: folder to make.
-        url: where Flickr8k_Dataset.zip and Flickr8k_text.zip are; zips that are in OUT already are not downloaded.
+        archive: archives that were fetched by hand, in place of downloads.
+        url: a mirror, where the files have their published names.
     """
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "Flickr8k.token.txt").is_file():
-            texts = unzip(download(f"{url}/Flickr8k_text.zip", folder), folder / ".text", ".txt")
-            for text in sorted(texts.iterdir(), key=lambda path: path.name == "Flickr8k.token.txt"):
-                os.replace(text, folder / text.name)  # the captions last: they show that all are there
-            texts.rmdir()
-        if not (folder / "Images").is_dir():
-            unzip(download(f"{url}/Flickr8k_Dataset.zip", folder), folder / "Images", ".jpg")
-    except OSError as error:
-        raise UserError(f"cannot prepare {folder}: {error}") from error
-    check(str(folder), str(folder / "Images"))
-    if zips := [str(path) for path in folder.glob("*.zip")]:
-        print(f"No longer needed:  {' '.join(zips)}")
-    print("Train on it:  python -m clip_scratch.train flickr8k")
+    return command
 
 
-def flickr30k(out: str = "data/flickr30k") -> None:
-    """Check Flickr30k, whose licence does not allow an automatic download.
-
-    Args:
-        out: folder with results.csv and flickr30k_images/.
-    """
-    captions, images = Path(out) / "results.csv", Path(out) / "flickr30k_images"
-    missing = [str(path) for path in (captions, images) if not path.exists()]
-    if missing:
-        raise UserError(
-            f"{' and '.join(missing)} not found. Flickr30k is free for research, but may not be redistributed: request "
-            "it at https://shannon.cs.illinois.edu/DenotationGraph/ or get https://www.kaggle.com/datasets/hsankesara/"
-            f"flickr-image-dataset, then put the captions file at {captions} and the 31,783 images in {images}"
-        )
-    check(str(captions), str(images))
-    print("Train on it:  python -m clip_scratch.train flickr30k")
+def __getattr__(name: str) -> Callable:
+    """`prepare.flickr8k(out=...)` and the other data sets as functions."""
+    if name in SOURCES:
+        return _data_set(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check(
@@ -229,75 +215,11 @@ def _describe_cache(path: Path, kind: str) -> tuple[int, float, str]:
 def main(args: list[str] | None = None) -> None:
     import tyro
 
-    commands = {command.__name__: command for command in (scenes, flickr8k, flickr30k, shards, check, cache)}
+    commands = {command.__name__: command for command in (scenes, shards, check, cache)}
+    commands |= {name: _data_set(name) for name in SOURCES}
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m clip_scratch.prepare", description=__doc__.splitlines()[0], args=args
     )
-
-
-def download(url: str, folder: Path) -> Path:
-    """The file of `url` in `folder`, downloaded unless it is there; NAME.part is what has arrived so far.
-
-    Raises UserError where the server cannot be reached, refuses, or stops before the end.
-    """
-    path = folder / url.rpartition("/")[2]
-    part = folder / f"{path.name}.part"
-    by_hand = f"Or put it at {path.absolute()} yourself and run this again"
-    while not path.is_file():
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            if _append(url, part, before):
-                os.replace(part, path)
-            elif part.stat().st_size <= before:
-                raise UserError(f"{url} stops at byte {before:,}. Run this again to resume it. {by_hand}")
-        except HTTPError as error:
-            if error.code != 416 or not before:
-                raise UserError(f"{url} cannot be downloaded: {error}. {by_hand}") from error
-            part.unlink()  # the server has no more bytes: the file has changed there
-        except (URLError, HTTPException, ConnectionError, TimeoutError, ValueError) as error:
-            raise UserError(f"{url} cannot be reached: {getattr(error, 'reason', error)}. {by_hand}") from error
-    return path
-
-
-def _append(url: str, part: Path, before: int) -> bool:
-    """Add the rest of the file to `part`, of `before` bytes; returns whether it is complete."""
-    from tqdm import tqdm
-
-    request = Request(url, headers={"Range": f"bytes={before}-"} if before else {})
-    with urlopen(request, timeout=TIMEOUT) as response:
-        start = before if response.status == 206 else 0  # 200: a server without ranges sends everything again
-        length = response.headers.get("Content-Length")
-        size = None if length is None else start + int(length)
-        bar = tqdm(desc=part.stem, initial=start, total=size, unit="B", unit_scale=True)
-        with open(part, "ab" if start else "wb") as file, bar:
-            # Where the connection breaks the size shows that the file is not complete
-            with contextlib.suppress(HTTPException, ConnectionError, TimeoutError):
-                while block := response.read(1 << 18):
-                    file.write(block)
-                    bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
-    return size is None or part.stat().st_size == size
-
-
-def unzip(archive: Path, folder: Path, suffix: str) -> Path:
-    """Unpack the files of `archive` that end in `suffix`, without their folders, into a new `folder`.
-
-    Raises UserError, and leaves no folder, where the archive is damaged.
-    """
-    from tqdm import tqdm
-
-    try:
-        with zipfile.ZipFile(archive) as zipped, new_folder(folder) as unfinished:
-            names = {member: Path(member.filename).name for member in zipped.infolist()}
-            # ._x.jpg is what macOS adds for x.jpg
-            wanted = [m for m, name in names.items() if name.endswith(suffix) and not name.startswith(".")]
-            for member in tqdm(wanted, desc=archive.name, unit="file"):
-                with zipped.open(member) as source, open(unfinished / names[member], "wb") as target:
-                    shutil.copyfileobj(source, target)  # checks the member's checksum at its end
-        return folder
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{archive} is damaged ({error}): remove it and run this again") from error
 
 
 if __name__ == "__main__":

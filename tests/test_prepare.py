@@ -1,12 +1,16 @@
 """The prepare verb, against a local server: resume, damage, unsafe archives, caches, and clear errors."""
 
 import dataclasses
+import gzip
+import hashlib
 import http.server
 import io
+import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -17,7 +21,11 @@ import numpy as np
 import pytest
 
 from clip_scratch import prepare
+from clip_scratch.data import download as downloads
+from clip_scratch.data.download import Remote, download
 from clip_scratch.data.image_cache import open_images
+from clip_scratch.data.sources import fetch
+from clip_scratch.data.unpack import unpack
 from clip_scratch.errors import UserError
 
 ROOT = str(Path(prepare.__file__).parents[1])
@@ -28,9 +36,22 @@ def jpg(i):
     return cv2.imencode(".jpg", np.full((8, 8, 3), 20 * i, np.uint8))[1].tobytes()
 
 
-def archive(members):
+def tar(members, links=()):
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as zipped:
+    with tarfile.open(fileobj=data, mode="w") as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            content = content.encode() if isinstance(content, str) else content
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+        for link in links:
+            file.addfile(link)
+    return data.getvalue()
+
+
+def archive(members, compression=zipfile.ZIP_STORED):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", compression) as zipped:
         for name, content in members.items():
             zipped.writestr(name, content)
     return data.getvalue()
@@ -50,22 +71,34 @@ def flickr():
 
 @pytest.fixture
 def server():
-    """A local server of `server.files`; it notes each (path, Range) asked for, and can hang up after some bytes."""
+    """A local server of `server.files`; it notes each (path, Range) asked for, and can hang up after some bytes, fail
+    with `server.statuses` first, name a version of its files, redirect to another folder, and claim another size."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked = self.headers.get("Range")
             served.requests.append((self.path, asked))
+            if served.statuses:
+                return self.send_error(served.statuses.pop(0))
+            if self.path.startswith("/moved/"):
+                self.send_response(302)
+                self.send_header("Location", self.path.removeprefix("/moved"))
+                return self.end_headers()
             content = served.files.get(self.path.strip("/"))
             if content is None:
                 return self.send_error(404)
-            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and served.ranges else 0
+            is_same = self.headers.get("If-Range") in (None, served.version)
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and served.ranges and is_same else 0
             if start >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
                 return self.end_headers()
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("Content-Length", str(len(content) - start + served.lie))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            if served.version:
+                self.send_header("ETag", served.version)
             self.end_headers()
             self.wfile.write(content[start:][: served.hang_up_after])
 
@@ -74,6 +107,7 @@ def server():
 
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     served.files, served.requests, served.ranges, served.hang_up_after = {}, [], True, None
+    served.statuses, served.version, served.lie = [], "", 0
     served.url = f"http://127.0.0.1:{served.server_port}"
     threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
     yield served
@@ -84,12 +118,21 @@ def server():
 CONTENT = bytes(range(256)) * 40
 
 
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(downloads, "_PAUSES", (0, 0))
+
+
+def remote(server, name="a.zip", **published):
+    return Remote(f"{server.url}/{name}", **published)
+
+
 def test_a_download_that_is_cut_is_resumed(server, tmp_path):
-    server.files, server.hang_up_after = {"a.zip": CONTENT}, 4000
-    prepare.download(f"{server.url}/a.zip", tmp_path)
+    server.files, server.hang_up_after, server.version = {"a.zip": CONTENT}, 4000, '"1"'
+    download(remote(server), tmp_path)
     assert (tmp_path / "a.zip").read_bytes() == CONTENT
     assert [asked for _, asked in server.requests] == [None, "bytes=4000-", "bytes=8000-"]
-    assert not (tmp_path / "a.zip.part").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -97,14 +140,26 @@ def test_a_download_that_is_cut_is_resumed(server, tmp_path):
 def test_a_part_of_an_earlier_run_is_used_or_fetched_again(server, tmp_path, ranges, have):
     server.files, server.ranges = {"a.zip": CONTENT}, ranges
     (tmp_path / "a.zip.part").write_bytes(CONTENT[:have])
-    prepare.download(f"{server.url}/a.zip", tmp_path)
+    download(remote(server), tmp_path)
     assert (tmp_path / "a.zip").read_bytes() == CONTENT and len(server.requests) <= 2
 
 
 def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
     server.files = {"a.zip": CONTENT}
     (tmp_path / "a.zip.part").write_bytes(CONTENT + b"of another file")
-    prepare.download(f"{server.url}/a.zip", tmp_path)
+    download(remote(server), tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+
+
+def test_a_file_that_changes_between_two_attempts_is_fetched_again(server, tmp_path):
+    """With If-Range: two halves of different files are never joined."""
+    server.files, server.hang_up_after, server.version = {"a.zip": CONTENT[::-1]}, 4000, '"old"'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(downloads, "_append", lambda *args, real=downloads._append: real(*args) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            download(remote(server), tmp_path)
+    server.files, server.hang_up_after, server.version = {"a.zip": CONTENT}, None, '"new"'
+    download(remote(server), tmp_path)
     assert (tmp_path / "a.zip").read_bytes() == CONTENT
 
 
@@ -112,8 +167,34 @@ def test_a_server_that_stops_is_an_error_and_the_part_stays(server, tmp_path):
     server.files, server.hang_up_after = {"a.zip": CONTENT}, 0
     (tmp_path / "a.zip.part").write_bytes(CONTENT[:100])
     with pytest.raises(UserError, match="stops at byte 100. Run this again"):
-        prepare.download(f"{server.url}/a.zip", tmp_path)
+        download(remote(server), tmp_path)
     assert (tmp_path / "a.zip.part").read_bytes() == CONTENT[:100] and not (tmp_path / "a.zip").exists()
+
+
+def test_a_server_that_is_busy_is_asked_again_and_one_that_moved_is_followed(server, tmp_path):
+    server.files, server.statuses = {"a.zip": CONTENT}, [503, 429]
+    download(remote(server, "moved/a.zip"), tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and len(server.requests) == 4
+    server.statuses = [503] * 9
+    with pytest.raises(UserError, match="cannot be downloaded: .* 503"):
+        download(remote(server, "b.zip"), tmp_path)
+    assert len(server.statuses) == 6
+
+
+def test_a_size_that_is_claimed_and_not_sent(server, tmp_path):
+    server.files, server.lie = {"a.zip": CONTENT}, 7
+    with pytest.raises(UserError, match="Run this again"):
+        download(remote(server), tmp_path)
+    assert not (tmp_path / "a.zip").exists()
+
+
+@pytest.mark.parametrize("published", [{"size": 9}, {"digest": "md5:" + "0" * 32}, {"digest": "sha256:" + "0" * 64}])
+def test_another_file_than_the_published_one_is_refused(server, tmp_path, published):
+    server.files = {"a.zip": CONTENT}
+    with pytest.raises(UserError, match="is not the published file"):
+        download(remote(server, **published), tmp_path)
+    assert not list(tmp_path.glob("a.zip*"))
+    download(remote(server, size=len(CONTENT), digest=f"md5:{hashlib.md5(CONTENT).hexdigest()}"), tmp_path)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "http://no-such-host.invalid/x", "nonsense"])
@@ -127,6 +208,7 @@ def test_no_network_is_one_clear_line_and_soon(tmp_path, url):
 def test_a_file_that_the_server_lacks(server, tmp_path):
     with pytest.raises(UserError, match="Flickr8k_text.zip cannot be downloaded.*404"):
         prepare.flickr8k(out=str(tmp_path), url=server.url)
+    assert len(server.requests) == 1
 
 
 def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, capsys):
@@ -135,7 +217,7 @@ def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, caps
     said = capsys.readouterr().out
     rows = [line.split()[:3] for line in said.splitlines()]
     assert rows[1:5] == [["train", "4", "20"], ["valid", "1", "5"], ["test", "1", "5"], ["all", "6", "30"]]
-    assert "python -m clip_scratch.train flickr8k" in said
+    assert f"python -m clip_scratch.train --captions-path {tmp_path}" in said
     assert sorted(path.name for path in (tmp_path / "Images").iterdir()) == NAMES
     assert (tmp_path / "Images" / NAMES[2]).read_bytes() == jpg(2)
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".part", ".tmp")]
@@ -158,30 +240,157 @@ def test_an_image_that_a_split_lists_and_no_archive_holds(server, flickr, tmp_pa
     assert re.search(rf"that are missing: 1\..*\n  {NAMES[0]} \(Flickr8k.token", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["../evil.jpg", "Images/../../evil.jpg", "/evil.jpg", "..\\evil.jpg"])
-def test_an_archive_that_reaches_outside_stays_inside(tmp_path, name):
+RULES = {r"(?:.*/)?([^/]+\.jpg)": r"Images/\1"}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("name", ["../evil.jpg", "Images/../../evil.jpg", "/evil.jpg", "..\\evil.jpg", "._evil.jpg"])
+def test_an_archive_that_reaches_outside_stays_inside(tmp_path, name, kind):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.zip").write_bytes(archive({"fine.jpg": jpg(1), name: b"evil"}))
-    prepare.unzip(tmp_path / "in" / "a.zip", tmp_path / "in" / "out", ".jpg")
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.zip"]
-    assert {path.parent for path in files} == {tmp_path / "in" / "out"}
+    members = {"fine.jpg": jpg(1), name: b"evil"}
+    (tmp_path / "in/a").write_bytes(archive(members) if kind == "zip" else tar(members))
+    unpack(tmp_path / "in/a", tmp_path / "in/out", RULES)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a"]
+    assert {path.parent for path in files} == {tmp_path / "in/out/Images"}
+
+
+def test_links_and_devices_are_left_out(tmp_path):
+    links = [tarfile.TarInfo(f"{i}.jpg") for i in range(4)]
+    for link, kind in zip(links, (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE), strict=True):
+        link.type, link.linkname = kind, "/etc/passwd"
+    (tmp_path / "a.tar").write_bytes(tar({"fine.jpg": jpg(1)}, links))
+    assert unpack(tmp_path / "a.tar", tmp_path / "out", RULES) == 1
+    assert [path.name for path in (tmp_path / "out/Images").iterdir()] == ["fine.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_bomb_is_refused(tmp_path, kind):
+    members = {f"{i}.jpg": bytes(3_000_000) for i in range(3)}
+    content = archive(members, zipfile.ZIP_DEFLATED) if kind == "zip" else gzip.compress(tar(members))
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(UserError, match="more than 50 times its size: refused"):
+        unpack(tmp_path / "a", tmp_path / "out", RULES)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a"]
 
 
 def test_a_damaged_archive_leaves_nothing_half_unpacked(flickr, tmp_path):
     whole = flickr["Flickr8k_Dataset.zip"]
     flipped = whole.replace(jpg(3), jpg(3)[:-9] + bytes(9))
+    cut = gzip.compress(tar({f"{i}.jpg": jpg(i) for i in range(6)}))
     assert flipped != whole
-    for content in (whole[: len(whole) // 2], flipped, b""):
+    for content in (whole[: len(whole) // 2], flipped, b"", cut[: len(cut) // 2]):
         (tmp_path / "a.zip").write_bytes(content)
-        with pytest.raises(UserError, match="a.zip is damaged.*remove it"):
-            prepare.unzip(tmp_path / "a.zip", tmp_path / "out", ".jpg")
-        assert not (tmp_path / "out").exists()
+        with pytest.raises(UserError, match="is damaged"):
+            unpack(tmp_path / "a.zip", tmp_path / "out", RULES)
+        assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.zip"]
 
 
-def test_flickr30k_names_the_missing_files(tmp_path):
-    with pytest.raises(UserError) as error:
-        prepare.flickr30k(out=str(tmp_path / "f30k"))
-    assert "results.csv" in str(error.value) and "flickr30k_images" in str(error.value)
+def karpathy(names, folder=""):
+    images = [
+        {
+            "filename": name,
+            "split": split,
+            "sentences": [{"raw": "A dog ."}],
+            **({"filepath": folder} if folder else {}),
+        }
+        for name, split in zip(names, ("train", "restval", "val", "test", "train", "train"), strict=True)
+    ]
+    return json.dumps({"images": images})
+
+
+def fashion(split, numbers):
+    lines = [
+        {"image_path": f"images/{split}/{i}.jpeg", "product_title": f"a shirt, {i}", "class_label": "shirt"}
+        for i in numbers
+    ]
+    return "\n".join(map(json.dumps, lines))
+
+
+def images(pattern, numbers=range(6)):
+    return {pattern.format(i): jpg(i) for i in numbers}
+
+
+FOOD = {"food-101/meta/train.txt": "apple_pie/0\napple_pie/1\napple_pie/2\napple_pie/3\n"}
+FOOD |= {"food-101/meta/test.txt": "apple_pie/4\napple_pie/5\n", "food-101/README.txt": "x"}
+FASHION = {"train_data.json": fashion("train", range(4)), "val_data.json": fashion("val", range(4, 6))}
+FASHION |= images("images/train/{}.jpeg", range(4)) | images("images/val/{}.jpeg", range(4, 6))
+KAGGLE = "image,caption\n" + "".join(f"{name},A dog .\n" for name in NAMES)
+ARCHIVES = {  # as their publishers, or Kaggle, lay them out
+    "flickr8k": [images("Images/{}_abc.jpg") | {"captions.txt": KAGGLE}],
+    "flickr30k": [{"dataset_flickr30k.json": karpathy(NAMES), "x.json": "{}"}, images("flickr30k-images/{}_abc.jpg")],
+    "coco": [{"dataset_coco.json": karpathy(NAMES, "val2014")}, images("val2014/{}_abc.jpg")],
+    "food": [images("food-101/images/apple_pie/{}.jpg") | FOOD],
+    "indo_fashion": [FASHION],
+}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archives_fetched_by_hand(name, kind, tmp_path, capsys, monkeypatch):
+    """Of every layout, with every image found and in a split; a second call has nothing to do."""
+    paths = []
+    for i, members in enumerate(ARCHIVES[name]):
+        paths.append(tmp_path / f"{i}.{kind}")
+        paths[-1].write_bytes(archive(members) if kind == "zip" else gzip.compress(tar(members)))
+    out = tmp_path / "data"
+    words = [name, "--out", str(out), "--archive", *map(str, paths)]
+    prepare.main(words)
+    said = capsys.readouterr().out
+    assert re.search(r"^all +6 +\d+", said, re.M) and "missing" not in said and f"--captions-path {out}" in said
+    monkeypatch.setattr("clip_scratch.data.sources.unpack", None)
+    prepare.main(words)
+
+
+def test_unpacking_that_is_killed_is_done_again(flickr, tmp_path, monkeypatch):
+    """At every file that takes its place, as a kill leaves it."""
+    (tmp_path / "in").mkdir()
+    for name, content in flickr.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    archives, replace = tuple(sorted((tmp_path / "in").iterdir(), reverse=True)), os.replace
+
+    class Killed(BaseException):
+        pass
+
+    for last in range(20):
+        moved = []
+
+        def dying(source, target, moved=moved, last=last):
+            moved.append(target)
+            if len(moved) > last:
+                raise Killed
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying)
+            try:
+                fetch("flickr8k", tmp_path / "out", archives)
+                break
+            except Killed:
+                pass
+        assert not (tmp_path / "out/.unpacked").exists() or last > 4
+    fetch("flickr8k", tmp_path / "out", archives)
+    assert len(list((tmp_path / "out/Images").iterdir())) == 6 and last > 5
+    assert not [path for path in (tmp_path / "out").rglob("*") if "unpacked-" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "site"), [("flickr30k", "kaggle.com/datasets/hsankesara"), ("indo_fashion", "validmodel")]
+)
+def test_what_only_the_user_can_get(name, site, server, tmp_path):
+    server.files = {"caption_datasets.zip": archive({"dataset_flickr30k.json": karpathy(NAMES)})}
+    with pytest.raises(UserError, match=rf"not found. .*{site}.*prepare {name} --archive FILE"):
+        fetch(name, tmp_path, url=server.url)
+
+
+def test_archives_of_something_else(tmp_path):
+    (tmp_path / "a.zip").write_bytes(archive({"readme.txt": "x"}))
+    with pytest.raises(UserError, match="has nothing of coco"):
+        fetch("coco", tmp_path / "out", (tmp_path / "a.zip",))
+    with pytest.raises(UserError, match="there is no archive"):
+        fetch("coco", tmp_path / "out", (tmp_path / "b.zip",))
+    (tmp_path / "a.zip").write_bytes(archive({"val2014/1.jpg": jpg(1)}))
+    with pytest.raises(UserError, match=r"dataset_coco.json not found in a.zip: add the other --archive"):
+        fetch("coco", tmp_path / "out", (tmp_path / "a.zip",))
 
 
 def test_check_reads_the_scenes_that_prepare_draws(tmp_path, capsys):

@@ -46,7 +46,7 @@ def stamp(path: str | Path) -> list[int] | None:
             shard, name = member
             return [_places(shard)[name][1], 0 if is_url(shard) else os.stat(shard).st_mtime_ns]
         status = os.stat(path)
-    except (OSError, KeyError):
+    except (OSError, KeyError, ValueError):  # ValueError: a name with a null byte
         return None
     return [status.st_size, status.st_mtime_ns]
 

@@ -24,7 +24,7 @@ import torch
 from ..config import CFG
 from ..environment import RECORD, environment
 from ..errors import UserError, first_line
-from ..files import remove_unfinished, write_json, write_text
+from ..files import remove_unfinished, write_atomically, write_json
 from ..models.clip import DualEncoder
 from ..models.saved import bare_model, prepare_best, run_config, write_tensors
 from ..presets import PRESETS
@@ -140,7 +140,8 @@ class Run:
         self.lines.append(json.dumps(line))
         if not self.writes:
             return
-        write_text(self.folder / "metrics.jsonl", "\n".join(self.lines) + "\n")
+        content = "\n".join(self.lines) + "\n"
+        write_atomically(self.folder / "metrics.jsonl", lambda temporary: temporary.write_text(content))
         for name, value in line.items():
             if isinstance(value, int | float):
                 self.board.add_scalar(f"epoch/{name}", value, line["step"])
