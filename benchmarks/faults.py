@@ -108,6 +108,7 @@ def main(arguments: Arguments) -> Counter:
 def _child(words: list[str], cwd: Path, said: Path) -> None:
     import runpy
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     os.chdir(cwd)
     os.environ["XDG_CACHE_HOME"] = str(cwd / "cache")
     for number in (1, 2):
@@ -137,10 +138,11 @@ def finish(words: list[str], cwd: Path, said: Path) -> int:
 
 
 def go_on(words: list[str], cwd: Path, said: Path) -> int:
-    """Run a command again as a user would: a run is resumed where there is one, an export that is done stays."""
+    """Run a command again as a user would: a run is resumed where there is one, what is done and not updated stays."""
     if words[0] == "clip_scratch.train" and (cwd / "out/config.json").exists():
         return finish([words[0], "--resume", "out"], cwd, said)
-    if words[0] == "clip_scratch.export" and (cwd / "out").exists():
+    once = words[0] == "clip_scratch.export" or words[:2] == ["clip_scratch.prepare", "scenes"]
+    if once and (cwd / "out").exists():
         return 0
     return finish(words, cwd, said)
 
