@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from .data.sources import SOURCES, fetch
+from .data.sources import SOURCES, archives_in, fetch
 from .errors import UserError, run_command, suggest
 from .files import cache_folder, check_target, remove_unfinished, sole_writer, write_atomically, write_json
 from .presets import PRESETS
@@ -60,8 +60,8 @@ def _data_set(name: str) -> Callable:
         except OSError as error:
             raise UserError(f"cannot prepare {folder}: {error}") from error
         check(str(folder))
-        if archives := [str(path) for pattern in ("*.zip", "*.tar.gz") for path in folder.glob(pattern)]:
-            print(f"No longer needed:  {' '.join(archives)}")
+        if archives := archives_in(folder):
+            print(f"No longer needed:  {' '.join(map(str, archives))}")
         is_preset = getattr(PRESETS.get(name), "captions_path", "") == out
         print(f"Train on it:  python -m clip_scratch.train {name if is_preset else f'--captions-path {out}'}")
 

@@ -163,6 +163,46 @@ def test_a_file_that_changes_between_two_attempts_is_fetched_again(server, tmp_p
     assert (tmp_path / "a.zip").read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("version", ["", '"new"'])
+def test_a_part_of_a_file_that_has_changed_is_dropped(version, server, tmp_path):
+    """By its size where the server names no version; also if a kill came before the new version was written down."""
+    old, new = CONTENT[:4000], CONTENT[::-1] + b"more"
+    (tmp_path / "a.zip.part").write_bytes(old)
+    (tmp_path / "a.zip.part.version").write_text(f"{version.replace('new', 'old')}\n{len(CONTENT)}")
+    server.files, server.version = {"a.zip": new}, version
+    if version:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(Path, "write_text", lambda *_: 1 / 0)
+            download(remote(server), tmp_path)
+    download(remote(server), tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == new and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_whole_part_is_not_fetched_again(server, tmp_path):
+    server.files, server.version = {"a.zip": CONTENT}, '"1"'
+    (tmp_path / "a.zip.part").write_bytes(CONTENT)
+    (tmp_path / "a.zip.part.version").write_text(f'"1"\n{len(CONTENT)}')
+    download(remote(server), tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and len(server.requests) == 1
+
+
+def test_faults_between_new_bytes_do_not_add_up(server, tmp_path, monkeypatch):
+    """A server that is busy or gone, now and then, over a long download."""
+    server.files, server.hang_up_after, asked = {"a.zip": CONTENT}, 2000, []
+
+    def flaky(*args, real=downloads.urlopen, **settings):
+        asked.append(1)
+        if len(asked) % 3 == 1:
+            raise downloads.URLError(ConnectionRefusedError("refused"))
+        if len(asked) % 3 == 2:
+            server.statuses.append(503)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(downloads, "urlopen", flaky)
+    download(remote(server), tmp_path)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and len(asked) == 18
+
+
 def test_a_server_that_stops_is_an_error_and_the_part_stays(server, tmp_path):
     server.files, server.hang_up_after = {"a.zip": CONTENT}, 0
     (tmp_path / "a.zip.part").write_bytes(CONTENT[:100])
@@ -211,7 +251,19 @@ def test_a_file_that_the_server_lacks(server, tmp_path):
     assert len(server.requests) == 1
 
 
-def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, capsys):
+@pytest.fixture
+def any_digest(monkeypatch):
+    """The files of a test are not the published ones."""
+    monkeypatch.setattr(downloads, "_check", lambda *_: None)
+
+
+def test_a_download_other_than_the_published_one_is_refused(server, flickr, tmp_path):
+    server.files = flickr
+    with pytest.raises(UserError, match="Flickr8k_text.zip is not the published file: it has the md5 digest"):
+        prepare.flickr8k(out=str(tmp_path), url=server.url)
+
+
+def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, capsys, any_digest):
     server.files = flickr
     prepare.flickr8k(out=str(tmp_path), url=server.url)
     said = capsys.readouterr().out
@@ -234,7 +286,7 @@ def test_zips_placed_by_hand_need_no_network(flickr, tmp_path):
     assert len(list((tmp_path / "Images").iterdir())) == 6
 
 
-def test_an_image_that_a_split_lists_and_no_archive_holds(server, flickr, tmp_path, capsys):
+def test_an_image_that_a_split_lists_and_no_archive_holds(server, flickr, tmp_path, capsys, any_digest):
     server.files = flickr | {"Flickr8k_Dataset.zip": archive({f"x/{name}": jpg(1) for name in NAMES[1:]})}
     prepare.flickr8k(out=str(tmp_path), url=server.url)
     assert re.search(rf"that are missing: 1\..*\n  {NAMES[0]} \(Flickr8k.token", capsys.readouterr().out)
@@ -271,6 +323,24 @@ def test_a_bomb_is_refused(tmp_path, kind):
     with pytest.raises(UserError, match="more than 50 times its size: refused"):
         unpack(tmp_path / "a", tmp_path / "out", RULES)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a"]
+
+
+def test_a_bomb_in_a_header_is_refused(tmp_path):
+    """tarfile would hold a name of 20 MB in memory."""
+    (tmp_path / "a").write_bytes(gzip.compress(tar({"x" * 20_000_000: b""})))
+    with pytest.raises(UserError, match="more than 50 times its size: refused"):
+        unpack(tmp_path / "a", tmp_path / "out", RULES)
+
+
+def test_every_flipped_byte_of_a_tar_gz_is_noticed(tmp_path):
+    """Its checksum is at the end, beyond the last member."""
+    whole = gzip.compress(tar({f"{i}.jpg": np.random.default_rng(i).bytes(900) for i in range(3)}))
+    for position in range(12, len(whole), 41):
+        flipped = bytearray(whole)
+        flipped[position] ^= 255
+        (tmp_path / "a").write_bytes(flipped)
+        with pytest.raises(UserError, match="is damaged|more than 50 times"):
+            unpack(tmp_path / "a", tmp_path / "out", RULES)
 
 
 def test_a_damaged_archive_leaves_nothing_half_unpacked(flickr, tmp_path):
@@ -312,11 +382,16 @@ def images(pattern, numbers=range(6)):
 
 FOOD = {"food-101/meta/train.txt": "apple_pie/0\napple_pie/1\napple_pie/2\napple_pie/3\n"}
 FOOD |= {"food-101/meta/test.txt": "apple_pie/4\napple_pie/5\n", "food-101/README.txt": "x"}
-FASHION = {"train_data.json": fashion("train", range(4)), "val_data.json": fashion("val", range(4, 6))}
-FASHION |= images("images/train/{}.jpeg", range(4)) | images("images/val/{}.jpeg", range(4, 6))
+PARTS = {"train": range(4), "val": range(4, 5), "test": range(5, 6)}
+FASHION = {f"{split}_data.json": fashion(split, numbers) for split, numbers in PARTS.items()}
+for split, numbers in PARTS.items():
+    FASHION |= images(f"images/{split}/{{}}.jpeg", numbers)
+NOWHERE = "http://127.0.0.1:9"
+LISTS = {f"Flickr_8k.{split}Images.txt": "\n".join(names)
+         for split, names in (("train", NAMES[:4]), ("dev", NAMES[4:5]), ("test", NAMES[5:]))}  # fmt: skip
 KAGGLE = "image,caption\n" + "".join(f"{name},A dog .\n" for name in NAMES)
 ARCHIVES = {  # as their publishers, or Kaggle, lay them out
-    "flickr8k": [images("Images/{}_abc.jpg") | {"captions.txt": KAGGLE}],
+    "flickr8k": [images("Images/{}_abc.jpg") | {"captions.txt": KAGGLE}, LISTS],
     "flickr30k": [{"dataset_flickr30k.json": karpathy(NAMES), "x.json": "{}"}, images("flickr30k-images/{}_abc.jpg")],
     "coco": [{"dataset_coco.json": karpathy(NAMES, "val2014")}, images("val2014/{}_abc.jpg")],
     "food": [images("food-101/images/apple_pie/{}.jpg") | FOOD],
@@ -333,7 +408,7 @@ def test_archives_fetched_by_hand(name, kind, tmp_path, capsys, monkeypatch):
         paths.append(tmp_path / f"{i}.{kind}")
         paths[-1].write_bytes(archive(members) if kind == "zip" else gzip.compress(tar(members)))
     out = tmp_path / "data"
-    words = [name, "--out", str(out), "--archive", *map(str, paths)]
+    words = [name, "--out", str(out), "--url", NOWHERE, "--archive", *map(str, paths)]
     prepare.main(words)
     said = capsys.readouterr().out
     assert re.search(r"^all +6 +\d+", said, re.M) and "missing" not in said and f"--captions-path {out}" in said
@@ -341,18 +416,18 @@ def test_archives_fetched_by_hand(name, kind, tmp_path, capsys, monkeypatch):
     prepare.main(words)
 
 
-def test_unpacking_that_is_killed_is_done_again(flickr, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["flickr8k", "food"])
+def test_unpacking_that_is_killed_is_done_again(name, tmp_path, monkeypatch):
     """At every file that takes its place, as a kill leaves it."""
-    (tmp_path / "in").mkdir()
-    for name, content in flickr.items():
-        (tmp_path / "in" / name).write_bytes(content)
-    archives, replace = tuple(sorted((tmp_path / "in").iterdir(), reverse=True)), os.replace
+    for i, members in enumerate(ARCHIVES[name]):
+        (tmp_path / f"{i}.zip").write_bytes(archive(members))
+    archives, replace = tuple(sorted(tmp_path.glob("*.zip"))), os.replace
 
     class Killed(BaseException):
         pass
 
-    for last in range(20):
-        moved = []
+    for last in range(30):
+        moved, out = [], tmp_path / f"out{last}"
 
         def dying(source, target, moved=moved, last=last):
             moved.append(target)
@@ -363,14 +438,63 @@ def test_unpacking_that_is_killed_is_done_again(flickr, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", dying)
             try:
-                fetch("flickr8k", tmp_path / "out", archives)
+                fetch(name, out, archives, NOWHERE)
                 break
             except Killed:
                 pass
-        assert not (tmp_path / "out/.unpacked").exists() or last > 4
-    fetch("flickr8k", tmp_path / "out", archives)
-    assert len(list((tmp_path / "out/Images").iterdir())) == 6 and last > 5
-    assert not [path for path in (tmp_path / "out").rglob("*") if "unpacked-" in path.name]
+        fetch(name, out, archives, NOWHERE)
+        assert len([path for path in out.rglob("*.jpg") if "unpacked-" not in str(path)]) == 6
+        assert not [path for path in out.rglob("*") if "unpacked-" in path.name]
+    assert last > 6
+
+
+def test_one_archive_by_hand_and_the_others_from_the_server(server, tmp_path, capsys, any_digest):
+    """Captions of images that were fetched by hand, the other half of COCO, and Flickr8k's published split."""
+    (tmp_path / "flickr30k-images.tar.gz").write_bytes(gzip.compress(tar(ARCHIVES["flickr30k"][1])))
+    (tmp_path / "train.zip").write_bytes(archive({"train2014/a.jpg": jpg(1)}))
+    (tmp_path / "kaggle.zip").write_bytes(archive(ARCHIVES["flickr8k"][0]))
+    coco = [{"filename": f"{i}.jpg", "filepath": f"{part}2014", "split": part, "sentences": [{"raw": "A dog ."}]}
+            for i, part in (("a", "train"), ("b", "val"))]  # fmt: skip
+    server.files = {
+        "caption_datasets.zip": archive({"dataset_flickr30k.json": karpathy(NAMES),
+                                         "dataset_coco.json": json.dumps({"images": coco})}),
+        "val2014.zip": archive({"val2014/b.jpg": jpg(2)}),
+        "Flickr8k_text.zip": archive(LISTS),
+    }  # fmt: skip
+    for name, given, fetched in (
+        ("flickr30k", "flickr30k-images.tar.gz", ["/caption_datasets.zip"]),
+        ("coco", "train.zip", ["/caption_datasets.zip", "/val2014.zip"]),
+        ("flickr8k", "kaggle.zip", ["/Flickr8k_text.zip"]),
+    ):
+        server.requests.clear()
+        for _ in range(2):
+            fetch(name, tmp_path / name, (tmp_path / given,), server.url)
+        assert [path for path, _ in server.requests] == fetched
+    prepare.check(str(tmp_path / "flickr8k"))
+    assert re.search(r"^test +1 +1", capsys.readouterr().out, re.M)
+
+
+def test_without_the_published_split_it_is_said(tmp_path, capsys):
+    (tmp_path / "archive.zip").write_bytes(archive(ARCHIVES["flickr8k"][0]))
+    fetch("flickr8k", tmp_path / "out", (tmp_path / "archive.zip",), NOWHERE)
+    said = capsys.readouterr().err
+    assert "not the published split, but a random one: http://127.0.0.1:9/Flickr8k_text.zip cannot be reached" in said
+
+
+def test_what_was_removed_is_unpacked_again_and_names_of_archives_do_not_matter(flickr, tmp_path):
+    for name, content in flickr.items():
+        (tmp_path / name).write_bytes(content)
+    fetch("flickr8k", tmp_path, url=NOWHERE)
+    (tmp_path / "Images" / NAMES[2]).unlink()
+    fetch("flickr8k", tmp_path, url=NOWHERE)
+    assert (tmp_path / "Images" / NAMES[2]).read_bytes() == jpg(2)
+
+    for folder, members in (("a", {"train_data.json": FASHION["train_data.json"]}), ("b", FASHION)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "archive.zip").write_bytes(archive(members))
+    with pytest.raises(UserError, match="Kaggle|kaggle"):
+        fetch("indo_fashion", tmp_path / "out", (tmp_path / "a/archive.zip",))
+    fetch("indo_fashion", tmp_path / "out", (tmp_path / "b/archive.zip",))
 
 
 @pytest.mark.parametrize(
@@ -389,8 +513,8 @@ def test_archives_of_something_else(tmp_path):
     with pytest.raises(UserError, match="there is no archive"):
         fetch("coco", tmp_path / "out", (tmp_path / "b.zip",))
     (tmp_path / "a.zip").write_bytes(archive({"val2014/1.jpg": jpg(1)}))
-    with pytest.raises(UserError, match=r"dataset_coco.json not found in a.zip: add the other --archive"):
-        fetch("coco", tmp_path / "out", (tmp_path / "a.zip",))
+    with pytest.raises(UserError, match=r"caption_datasets.zip cannot be reached.*put it at"):
+        fetch("coco", tmp_path / "out", (tmp_path / "a.zip",), NOWHERE)
 
 
 def test_check_reads_the_scenes_that_prepare_draws(tmp_path, capsys):

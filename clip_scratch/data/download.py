@@ -44,7 +44,7 @@ def download(remote: Remote, folder: Path) -> Path:
     path = folder / remote.name
     part = folder / f"{path.name}.part"
     by_hand = f"Or put it at {path.absolute()} yourself and run this again"
-    pauses = list(_PAUSES)
+    pauses, most = list(_PAUSES), 0
     while not path.is_file():
         before = part.stat().st_size if part.exists() else 0
         try:
@@ -54,17 +54,18 @@ def download(remote: Remote, folder: Path) -> Path:
                 _tag(part).unlink(missing_ok=True)
                 return path
             reason = f"stops at byte {part.stat().st_size:,}"
-            if part.stat().st_size > before:
+            if part.stat().st_size > most:  # every new byte is worth as many attempts again
+                pauses, most = list(_PAUSES), part.stat().st_size
                 continue
         except HTTPError as error:
             reason = f"cannot be downloaded: {error}"
             if error.code == 416 and before:
-                part.unlink()  # the server has no more bytes: the file has changed there
+                part.unlink()  # the server has fewer bytes: the file has changed there
             elif error.code not in _PASSING:
                 pauses = []
         except (URLError, ValueError, *_CUT) as error:
             reason = f"cannot be reached: {getattr(error, 'reason', error)}"
-            pauses = pauses if isinstance(error, _CUT) else []
+            pauses = [] if isinstance(error, ValueError) else pauses
         if not pauses:
             raise UserError(f"{remote.url} {reason}. Run this again to resume it. {by_hand}")
         time.sleep(pauses.pop(0))
@@ -81,19 +82,30 @@ def _append(remote: Remote, part: Path, before: int) -> bool:
     from tqdm import tqdm
 
     headers = {"Range": f"bytes={before}-"} if before else {}
-    if before and _tag(part).is_file():
-        headers["If-Range"] = _tag(part).read_text()
-    with urlopen(Request(remote.url, headers=headers), timeout=TIMEOUT) as response:
+    version, _, told = _tag(part).read_text().partition("\n") if before and _tag(part).is_file() else ("", "", "")
+    if version:
+        headers["If-Range"] = version
+    try:
+        response = urlopen(Request(remote.url, headers=headers), timeout=TIMEOUT)
+    except HTTPError as error:
+        whole = error.code == 416 and error.headers.get("Content-Range") == f"bytes */{before}"
+        if before and whole and told in ("", str(before)):
+            return True  # killed after the last byte
+        raise
+    with response:
         start = _first_byte(response)
-        if start not in (0, before):
-            raise HTTPException(f"the server sent bytes from {start:,} on, not from {before:,}")
         length = response.headers.get("Content-Length")
         size = remote.size if length is None else start + int(length)
-        etag = response.headers.get("ETag", "")
-        version = "" if etag.startswith("W/") else etag or response.headers.get("Last-Modified", "")
-        _tag(part).write_text(version) if version else _tag(part).unlink(missing_ok=True)
+        if start not in (0, before) or (start and told not in ("", str(size))):
+            part.unlink()
+            raise HTTPException(f"the server sent bytes from {start:,} on of another file, not from {before:,}")
+        if not start:
+            part.write_bytes(b"")  # first: old bytes must not get a new version
+            etag = response.headers.get("ETag", "W/")  # If-Range takes no weak ones
+            version = response.headers.get("Last-Modified", "") if etag.startswith("W/") else etag
+            _tag(part).write_text(f"{version}\n{size or ''}")
         bar = tqdm(desc=remote.name, initial=start, total=size or None, unit="B", unit_scale=True)
-        with open(part, "ab" if start else "wb") as file, bar:
+        with open(part, "ab") as file, bar:
             with contextlib.suppress(*_CUT):  # the size shows that the file is not complete
                 while block := response.read(1 << 18):
                     file.write(block)
@@ -121,4 +133,5 @@ def _check(remote: Remote, part: Path, by_hand: str) -> None:
         fault = "" if found.hexdigest() == digest else f"the {kind} digest {found.hexdigest()}, not {digest}"
     if fault:
         part.unlink()
+        _tag(part).unlink(missing_ok=True)
         raise UserError(f"{remote.url} is not the published file: it has {fault}. {by_hand}")
