@@ -33,7 +33,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a verb, and exit: 0 done, 2 the user's mistake, 130 Ctrl-C, 1 a bug of ours, with its traceback."""
+    """Run a verb and turn its outcome into an exit status: 0 done, 2 the user's mistake, 130 Ctrl-C.
+
+    Anything else is a bug of ours and keeps its traceback (status 1).
+    """
     try:
         command()
     except BrokenPipeError:  # the reader of the output, such as head, has closed it

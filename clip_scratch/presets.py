@@ -33,7 +33,10 @@ class Scenes(CFG):
 
 
 class Flickr8k(CFG):
-    """ResNet50 + DistilBERT on Flickr8k, needs a network, not measured yet: `python -m clip_scratch.train flickr8k`."""
+    """ResNet50 + DistilBERT on Flickr8k: `python -m clip_scratch.train flickr8k`.
+
+    A GPU is advised. The weights need a network, and there is no measured recall yet.
+    """
 
     captions_path = "data/flickr8k"
     max_length = 64

@@ -26,7 +26,11 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
 def images_below(folder: Path) -> list[str]:
-    """The image files below a folder, sorted and relative, with forward slashes, none hidden. Raises UserError."""
+    """The image files below a folder, as sorted paths relative to it, with forward slashes.
+
+    Hidden files and folders are left out (`._x.jpg` is what macOS writes beside x.jpg on other disks). Raises
+    UserError where there are no images.
+    """
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}")
     images = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())

@@ -77,7 +77,11 @@ def _locate_shards(cfg: CFG) -> Located:
 
 
 def find_images(located: Located, table: pd.DataFrame) -> Path:
-    """Of the folders beside a captions file that with the most of its images, if equal the first; it is printed."""
+    """The image folder of a data set that does not fix it: the captions file's folder or one beside it; it is printed.
+
+    The folder with the most of the images is taken; of equals the captions file's own, then those with usual names.
+    Hidden folders are not searched.
+    """
     names = table["image"].drop_duplicates()
     sample = names.iloc[:: max(1, len(names) // 20)]
     here = located.first.parent
@@ -125,7 +129,10 @@ def _is_huggingface(path: Path) -> bool:
 
 
 def _captions_files(path: Path, single: bool = False) -> dict[str, Path]:
-    """The captions file of `path` with the key "", or those of a folder by split, such as val.csv. Raises UserError."""
+    """The captions file of `path` with the key "", or those of a folder with one per split, such as val.csv.
+
+    Raises UserError where there is none, or where it is not clear which one is meant.
+    """
     if os.path.isfile(path):
         return {"": path}
     if not os.path.isdir(path):

@@ -31,7 +31,10 @@ class DataSource:
 
 
 def open_data(cfg: CFG) -> DataSource:
-    """Read the captions of `cfg`, find the images, and check that each decodes, or leave it out by on_bad_image."""
+    """Read the captions of `cfg`, find the image folder and check that every image can be decoded.
+
+    Bad images raise UserError, or are left out where cfg.on_bad_image is "skip".
+    """
     cfg = cfg() if isinstance(cfg, type) else cfg
     located = locate(cfg)
     table = read_table(located, cfg)

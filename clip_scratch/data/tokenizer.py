@@ -23,7 +23,10 @@ _LETTERS = 1000  # largest alphabet; rarer letters are unknown
 
 
 def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """The text encoder's own tokenizer, or one trained on `captions`. Raises UserError where neither can be had."""
+    """The text encoder's own tokenizer; for random weights without the hub, one trained on `captions`.
+
+    Raises UserError where a pretrained tower's tokenizer is available neither locally nor from the hub.
+    """
     from transformers import AutoTokenizer
 
     if not cfg.text_tokenizer and is_function(cfg.text_encoder_model):

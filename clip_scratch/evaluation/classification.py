@@ -31,7 +31,10 @@ class Classified:
         return "\n".join([self.title, accuracies, "recall of each class, worst first (images):", *lines])
 
     def draw(self, path: str | Path) -> Path:
-        """Draw the confusion matrix, in percent of each true class. Raises UserError where it cannot be written."""
+        """Write the confusion matrix as a picture: each row in percent of its class's images.
+
+        Raises UserError where the file cannot be written.
+        """
         from matplotlib.figure import Figure
         from sklearn.metrics import ConfusionMatrixDisplay
 

@@ -21,7 +21,10 @@ def folder_labels(folder: Path) -> pd.Series:
 
 
 def image_labels(table: pd.DataFrame, source: str) -> pd.Series:
-    """The label of each distinct image, by name in the order of the table. Raises UserError for none, or for two."""
+    """The label of each distinct image, as a string, by image name in the order of the table.
+
+    Raises UserError for a table without labels, an image without one, and an image with two different ones.
+    """
     if "label" not in table:
         raise UserError(f"{source} has no column of labels: add one that is named label")
     given = table["label"].map(lambda label: "" if pd.isna(label) else str(label).strip())

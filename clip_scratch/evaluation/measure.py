@@ -45,7 +45,10 @@ def open_captions(cfg: CFG, captions_path: str = "", image_path: str = "") -> Da
 
 
 def checked_split(source: DataSource, split: str) -> tuple[DataSource, str]:
-    """The rows of a split ("all" where there are none), their images checked, and its name. Raises UserError."""
+    """The rows of a split, their images checked, and its name: "all" where the table has no splits.
+
+    Raises UserError for a split without images and for images that are missing or damaged.
+    """
     split = WHOLE if set(source.table["split"]) == {WHOLE} else split
     rows = check_images(source.split(split), source.image_folder, source.cfg.on_bad_image)
     return dataclasses.replace(source, table=rows), split
@@ -79,7 +82,10 @@ class Measured:
         return recalls_of(self.image_rank, self.text_rank)
 
     def hits(self) -> tuple[np.ndarray, np.ndarray]:
-        """R@1 hits and queries of each image, sorted by name: of both ways, image to text first, (N, 2) and (N, 2)."""
+        """R@1 image to text and text to image as counts per image: its queries that hit, and all its queries, (N, 2).
+
+        Sorted by image name, so that the counts of two models line up.
+        """
         order, own = np.argsort(self.images), self.image_of_caption.numpy()
         hits = self.text_rank.numpy() <= 1, np.bincount(own, self.image_rank.numpy() <= 1)
         sizes = np.ones(len(order)), np.bincount(own)

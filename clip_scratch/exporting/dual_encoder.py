@@ -29,7 +29,10 @@ _NEARLY_LINEAR = 0.02  # RMS of the input of the pooler's tanh, whose relative e
 
 
 def to_dual_encoder(model: CLIPModel, features: torch.Tensor) -> VisionTextDualEncoderModel:
-    """The model in transformers' classes, fp32 on the CPU; the image head is fitted to features of its tower (N, D)."""
+    """The model as transformers' VisionTextDualEncoderModel, on the CPU in fp32 and eval mode.
+
+    The image head's bias is fitted to `features` (N, D), those of typical images by the image tower.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.cfg.seed)  # of the weights that stay random, see `_average`
         dual = _random_dual_encoder(model)
@@ -72,7 +75,10 @@ def _random_dual_encoder(model: CLIPModel) -> VisionTextDualEncoderModel:
 
 
 def _image_projection(head: nn.Linear, features: torch.Tensor) -> torch.Tensor:
-    """W + b vᵀ, (P, D): W f + b for features f with v·f = 1. v is the ridge regression of 1 on the features (N, D)."""
+    """W + b vᵀ, (P, D): where v·f = 1 for the tower's features f, it maps them to W f + b without a bias.
+
+    No v fits every image, so v is the ridge regression of 1 on the features (N, D).
+    """
     from sklearn.linear_model import RidgeCV
 
     features, weight, bias = features.double().cpu(), head.weight.double().cpu(), head.bias.double().cpu()

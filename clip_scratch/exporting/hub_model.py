@@ -14,7 +14,10 @@ _LOCAL = ("captions_path", "valid_captions_path", "test_captions_path", "image_p
 
 
 def push(best: Path, name: str, card: str) -> str:
-    """Upload a `best/` folder and its card as the model `name`; the address. Raises UserError, as for own encoders."""
+    """Upload a `best/` folder and its card in one commit to the model `name`, which is made; returns the address.
+
+    Raises UserError where the hub cannot be reached or refuses, and for encoders of the user's own.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     settings = json.loads((best / "config.json").read_text())

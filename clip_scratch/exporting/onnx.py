@@ -1,4 +1,7 @@
-"""The towers of a model as ONNX files. B images, C captions, L tokens, S pixels a side, P projected dimensions."""
+"""The towers of a model as ONNX files, which onnxruntime runs without torch.
+
+Shapes: B images, C captions, L tokens, S pixels a side, P projected dimensions.
+"""
 
 import contextlib
 import copy
@@ -70,7 +73,11 @@ def write_onnx_folder(model: DualEncoder, folder: Path) -> None:
 
 
 def quantize_onnx_folder(folder: Path, batches: Iterable[Batch]) -> None:
-    """Make both networks int8, the image tower's ranges averaged over `batches`: outliers then cost the others less."""
+    """Replace both networks of a folder by int8 ones, by onnxruntime.
+
+    The image tower has the ranges of activations that the images of `batches` reach, averaged over batches: outliers
+    then cost the others less. The text tower chooses the ranges of its activations as it runs.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
 
     pixels = ({"pixel_values": batch["pixel_values"].contiguous().numpy()} for batch in batches)

@@ -39,7 +39,10 @@ def check_exportable(model: DualEncoder) -> None:
 
 
 def write_transformers_folder(model: DualEncoder, folder: Path, batches: Iterable[Batch]) -> None:
-    """Write weights, tokenizer and image processor; an image head from scratch is fitted to the images of `batches`."""
+    """Write weights, tokenizer and image processor for AutoModel, AutoTokenizer and AutoImageProcessor.
+
+    A model from scratch becomes a VisionTextDualEncoderModel, whose image head is fitted to the images of `batches`.
+    """
     is_hf = isinstance(model, HFCLIPModel)
     hf = model.hf if is_hf else to_dual_encoder(model, _image_features(model, batches))
     hf.save_pretrained(folder)
@@ -61,7 +64,10 @@ def _image_features(model: CLIPModel, batches: Iterable[Batch]) -> torch.Tensor:
 
 
 def image_processor(model: DualEncoder) -> BaseImageProcessor:
-    """The image processor for what `model` evaluates; bilinear for the area filter, as it has antialiasing there."""
+    """The transformers image processor for the images that `model` evaluates.
+
+    There is no area filter in transformers: bilinear, which has antialiasing there, is the nearest to it.
+    """
     from PIL.Image import Resampling
     from transformers import CLIPImageProcessor, Siglip2ImageProcessor, ViTImageProcessor
 

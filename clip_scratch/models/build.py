@@ -16,5 +16,8 @@ def model_class(cfg: CFG) -> type[DualEncoder]:
 
 
 def build_model(cfg: CFG, captions: Sequence[str] = ()) -> DualEncoder:
-    """A model to train; its `cfg` has what pretrained parts decide, its tokenizer may be learned from `captions`."""
+    """A model to train, whose tokenizer may be learned from the training `captions`.
+
+    Its `cfg` has what its pretrained parts decide: image size, loss ...
+    """
     return model_class(cfg)(cfg, None if cfg.backend == "hf_clip" else build_tokenizer(cfg, captions))

@@ -1,4 +1,7 @@
-"""The dual encoder. B images, C captions, L tokens, S pixels a side, D features of a tower, P projected dimensions."""
+"""The dual encoder: two towers, two projection heads, one temperature.
+
+Shapes: B images, C captions, L tokens, S pixels a side, D features of a tower, P projected dimensions.
+"""
 
 from __future__ import annotations
 

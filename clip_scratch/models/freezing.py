@@ -37,7 +37,10 @@ def frozen_parts(cfg: CFG) -> dict[str, str]:
 
 
 def freeze(model: nn.Module, cfg: CFG) -> None:
-    """Freeze towers and heads by `image_freeze` and `text_freeze`. Raises UserError where that is not possible."""
+    """Freeze the towers and heads of a dual encoder by `image_freeze` and `text_freeze`.
+
+    Raises UserError where a tower has too few blocks, nothing would train, or PEFT is missing for lora.
+    """
     asked = frozen_parts(cfg)
     if set(asked.values()) == {"all"}:
         raise UserError("nothing to train: image_freeze and text_freeze are both all")
@@ -111,7 +114,10 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def keep_frozen_in_eval(tower: nn.Module, freeze_batch_norm: bool = False) -> None:
-    """Put frozen modules, and all batch norms if asked, back into eval mode: no dropout, fixed statistics."""
+    """Put frozen modules back into eval mode after `train()`: no dropout, fixed batch-norm statistics.
+
+    With `freeze_batch_norm` the statistics of every batch norm stay fixed, whether its weights train or not.
+    """
     for module in tower.modules():
         parameters = list(module.parameters())
         frozen = parameters and not any(p.requires_grad for p in parameters)

@@ -164,7 +164,10 @@ def _load(auto_class, cfg: CFG, what: str, **options: object):
 
 
 def _image_geometry(cfg: CFG) -> tuple[dict[str, object], list[float], list[float]]:
-    """The settings size, resize and interpolation of the model's image processor, and its mean and std."""
+    """The settings size, resize and interpolation of the model's image processor, and its mean and std.
+
+    SigLIP 2 for images of any shape (NaFlex) keeps their aspect ratio; here they are stretched to a square.
+    """
     from PIL.Image import Resampling
     from transformers import AutoImageProcessor, CLIPImageProcessor
 
@@ -173,7 +176,7 @@ def _image_geometry(cfg: CFG) -> tuple[dict[str, object], list[float], list[floa
     else:
         processor = _load(AutoImageProcessor, cfg, "the image processor of the CLIP")
     size = dict(getattr(processor, "size", None) or {})
-    if getattr(processor, "max_num_patches", None):  # NaFlex, here stretched to the square of so many patches
+    if getattr(processor, "max_num_patches", None):  # NaFlex: the square of so many patches
         size = {"height": processor.patch_size * int(processor.max_num_patches**0.5)}
     short = size.get("shortest_edge")
     crop = bool(getattr(processor, "do_center_crop", False))

@@ -109,7 +109,10 @@ def run_config(folder: str | Path) -> CFG:
 
 
 def bare_model(best: Path, training: bool = False) -> DualEncoder:
-    """The model of a `best/` folder, random weights, no hub; for `training` with LoRA's. Raises UserError."""
+    """The model that the settings in a `best/` folder describe, with random weights and without asking a hub.
+
+    For `training` with LoRA's matrices, where its settings have them. Raises UserError for another or a damaged folder.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     cfg = run_config(best)

@@ -34,7 +34,10 @@ _CLEARLY = 0.9  # of the best time: noise alone should not change a run's arithm
 
 
 def choose_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, str]:
-    """`cfg` with each tower's fastest precision and memory format, and a message; remembered in the cache folder."""
+    """`cfg` with the fastest precision of each tower and the fastest memory format, and a message with the times.
+
+    From the cache folder where this machine has measured these towers before.
+    """
     try:
         path = cache_folder(cfg) / f"precision-{_key(model, batch)}.json"
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -27,7 +27,11 @@ def planned_steps(loader: Loader, cfg: CFG) -> int:
 
 
 def measure_pace(model: DualEncoder, loader: Loader, cfg: CFG) -> float:
-    """Seconds of an optimizer step, on a copy of the model, which is dropped; the random state is not changed."""
+    """Seconds of an optimizer step.
+
+    The first batches of `loader` train a copy of the model, whose weights are then dropped: the run itself begins with
+    its number of steps known, and a resume lays the same schedule. The random state is not changed.
+    """
     trial = copy.deepcopy(model)
     optimizer = build_optimizer(trial, cfg)
     scaler = torch.amp.GradScaler(model.device.type) if cfg.precision == "fp16" else None

@@ -158,7 +158,10 @@ def _is_complete(path: Path, size: int) -> bool:
 
 
 def _open_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in a file, read-only. The map is NumPy's: torch's own reserves memory for the whole file."""
+    """The tensor in a file, read-only.
+
+    The map is NumPy's: torch's own reserves memory for the whole file, and there may be less.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a write would be undefined
         return torch.from_numpy(np.memmap(path, np.uint8, "r")).view(dtype).view(shape)

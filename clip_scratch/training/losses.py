@@ -17,7 +17,10 @@ TILED_FROM = 2**22
 def positive_pairs(
     image_ids: torch.Tensor, caption_image_ids: torch.Tensor, caption_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which caption describes which image, bool (B, C): equal `caption_ids` (C,) describe each other's images too."""
+    """Which caption describes which image: (B,), (C,) -> bool (B, C).
+
+    Captions with equal `caption_ids` (C,) read the same, so each describes the other's image as well.
+    """
     positive = image_ids[:, None] == caption_image_ids[None, :]  # (B, C)
     if caption_ids is not None:
         words = caption_ids.unique(return_inverse=True)[1]  # (C,), numbered from 0

@@ -162,11 +162,14 @@ def chance_loss(n_images: float, n_captions: float) -> float:
 
 
 def epoch_warnings(line: dict, state: TrainState, stats: EpochStats, loss: str) -> list[str]:
-    """What an experienced eye would notice in this epoch; [] where nothing is wrong."""
+    """What an experienced eye would notice in this epoch; [] where nothing is wrong.
+
+    A pretrained CLIP may start above chance, and at the clamp of its temperature.
+    """
     rsum, start_rsum = line["rsum"], state.progress.start["rsum"]
     chance = chance_loss(stats.images / stats.batches, stats.captions / stats.batches)
     at_chance = loss == "infonce" and stats.loss > 0.98 * chance and rsum < 1.1 * start_rsum
-    at_clamp = line["logit_scale"] > 99.5 > state.progress.start_logit_scale  # a pretrained CLIP may start there
+    at_clamp = line["logit_scale"] > 99.5 > state.progress.start_logit_scale
     warnings = {
         f"the loss ({stats.loss:.3f}) is still at chance ({chance:.3f}, ln of the batch size): the model does not "
         "learn. Try a higher learning rate or a warm-up, and check that captions and images belong together": at_chance,

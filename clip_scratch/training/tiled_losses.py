@@ -14,7 +14,10 @@ def _tiles(images: torch.Tensor, texts: torch.Tensor) -> tuple[torch.Tensor, ...
 
 
 class _LogSumExps(torch.autograd.Function):
-    """The logsumexp of each row, (B,), and each column, (C,), of images @ texts.T; no logits outlive their tile."""
+    """The logsumexp of each row and of each column of images @ texts.T: (B, P), (C, P) -> (B,), (C,).
+
+    The logits of a tile live no longer than the tile; the backward pass computes them again.
+    """
 
     @staticmethod
     def forward(ctx, images, texts):

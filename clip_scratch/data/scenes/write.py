@@ -40,7 +40,10 @@ def write_scenes(folder: str | Path, n: int, seed: int, progress: bool = True, e
 
 
 def ensure_scenes(cfg: CFG) -> tuple[Path, Path]:
-    """(captions file, image folder) of the built-in set, drawn to data/scenes-N-SEED if missing. Raises UserError."""
+    """(captions file, image folder) of the built-in set of cfg.n_scenes scenes and cfg.seed, drawn if missing.
+
+    It is in data/scenes-N-SEED of the current directory. Raises UserError where that cannot be written.
+    """
     folder = Path("data") / f"scenes-{cfg.n_scenes}-{cfg.seed}"
     if not folder.exists():
         write_scenes(folder, cfg.n_scenes, cfg.seed, exist_ok=True)  # another process may draw it meanwhile
