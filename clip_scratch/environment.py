@@ -23,7 +23,7 @@ def environment() -> dict[str, object]:
     """Describe the machine and the software."""
     import torch
 
-    model, flags = _processor()
+    model, flags = processor()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -47,7 +47,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> tuple[str, list[str]]:
+def processor() -> tuple[str, list[str]]:
     """The processor's name and its relevant flags, where the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

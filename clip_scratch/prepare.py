@@ -48,7 +48,7 @@ def scenes(n: int = 10_000, out: str = "data/scenes", seed: int = 42) -> None:
     print(f"Train on it:  {command} --horizontal-flip 0")  # left and right matter in the captions
 
 
-def _data_set(name: str) -> Callable:
+def data_set(name: str) -> Callable:
     """The subcommand that prepares a published data set."""
     source = SOURCES[name]
     what = "downloads it" if source.files and not source.by_hand else "says what to get by hand"
@@ -73,13 +73,6 @@ def _data_set(name: str) -> Callable:
         url: a mirror, where the files have their published names.
     """
     return command
-
-
-def __getattr__(name: str) -> Callable:
-    """`prepare.flickr8k(out=...)` and the other data sets as functions."""
-    if name in SOURCES:
-        return _data_set(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check(
@@ -216,7 +209,7 @@ def main(args: list[str] | None = None) -> None:
     import tyro
 
     commands = {command.__name__: command for command in (scenes, shards, check, cache)}
-    commands |= {name: _data_set(name) for name in SOURCES}
+    commands |= {name: data_set(name) for name in SOURCES}
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="python -m clip_scratch.prepare", description=__doc__.splitlines()[0], args=args
     )

@@ -44,7 +44,8 @@ def main(cfg: CFG | type[CFG]) -> Path:
     with process_group(cfg) as cfg, Run(cfg) as run, training_on(run.cfg, _less_memory(run.cfg)) as device:
         # Data, model, optimizer and schedule: new, or as the last checkpoint left them
         source = open_data(run.cfg)
-        run.fingerprint = fingerprint_of(source.split("train")) + fingerprint_of(source.split("valid"))
+        splits = {"train", "valid", *source.table["split"]}  # those two there must be
+        run.data = {split: fingerprint_of(source.split(split)) for split in sorted(splits)}
         report = Report(run, source)
         starting = start.resume if run.is_resumed else start.begin
         state, train_loader, valid_loader = starting(run, source, device, report, began)

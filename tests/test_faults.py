@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from benchmarks import faults
+from benchmarks.fuzz import mutated
 from clip_scratch import CFG
 from clip_scratch.errors import UserError, run_command
 from clip_scratch.files import write_atomically
@@ -35,7 +36,7 @@ def test_damaged_records_of_a_run(scene_run, tmp_path):
 
 def test_the_same_damage_for_a_seed():
     content = bytes(range(256)) * 4
-    one, same, other = (faults.mutated(content, random.Random(seed)) for seed in (1, 1, 2))
+    one, same, other = (mutated(content, random.Random(seed)) for seed in (1, 1, 2))
     assert one == same != other
 
 

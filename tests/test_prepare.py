@@ -241,13 +241,13 @@ def test_another_file_than_the_published_one_is_refused(server, tmp_path, publis
 def test_no_network_is_one_clear_line_and_soon(tmp_path, url):
     start = time.monotonic()
     with pytest.raises(UserError, match="cannot be reached.*put it at .* yourself"):
-        prepare.flickr8k(out=str(tmp_path), url=url)
+        prepare.data_set("flickr8k")(out=str(tmp_path), url=url)
     assert time.monotonic() - start < 12
 
 
 def test_a_file_that_the_server_lacks(server, tmp_path):
     with pytest.raises(UserError, match="Flickr8k_text.zip cannot be downloaded.*404"):
-        prepare.flickr8k(out=str(tmp_path), url=server.url)
+        prepare.data_set("flickr8k")(out=str(tmp_path), url=server.url)
     assert len(server.requests) == 1
 
 
@@ -260,12 +260,12 @@ def any_digest(monkeypatch):
 def test_a_download_other_than_the_published_one_is_refused(server, flickr, tmp_path):
     server.files = flickr
     with pytest.raises(UserError, match="Flickr8k_text.zip is not the published file: it has the md5 digest"):
-        prepare.flickr8k(out=str(tmp_path), url=server.url)
+        prepare.data_set("flickr8k")(out=str(tmp_path), url=server.url)
 
 
 def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, capsys, any_digest):
     server.files = flickr
-    prepare.flickr8k(out=str(tmp_path), url=server.url)
+    prepare.data_set("flickr8k")(out=str(tmp_path), url=server.url)
     said = capsys.readouterr().out
     rows = [line.split()[:3] for line in said.splitlines()]
     assert rows[1:5] == [["train", "4", "20"], ["valid", "1", "5"], ["test", "1", "5"], ["all", "6", "30"]]
@@ -275,20 +275,20 @@ def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, caps
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".part", ".tmp")]
 
     asked = len(server.requests)
-    prepare.flickr8k(out=str(tmp_path), url=server.url)
+    prepare.data_set("flickr8k")(out=str(tmp_path), url=server.url)
     assert len(server.requests) == asked  # all there: nothing is fetched again
 
 
 def test_zips_placed_by_hand_need_no_network(flickr, tmp_path):
     for name, content in flickr.items():
         (tmp_path / name).write_bytes(content)
-    prepare.flickr8k(out=str(tmp_path), url="http://127.0.0.1:9")
+    prepare.data_set("flickr8k")(out=str(tmp_path), url="http://127.0.0.1:9")
     assert len(list((tmp_path / "Images").iterdir())) == 6
 
 
 def test_an_image_that_a_split_lists_and_no_archive_holds(server, flickr, tmp_path, capsys, any_digest):
     server.files = flickr | {"Flickr8k_Dataset.zip": archive({f"x/{name}": jpg(1) for name in NAMES[1:]})}
-    prepare.flickr8k(out=str(tmp_path), url=server.url)
+    prepare.data_set("flickr8k")(out=str(tmp_path), url=server.url)
     assert re.search(rf"that are missing: 1\..*\n  {NAMES[0]} \(Flickr8k.token", capsys.readouterr().out)
 
 

@@ -45,7 +45,7 @@ def test_a_run_that_was_finished_meanwhile_is_not_overwritten(cfg):
     (run.folder / "best").mkdir(parents=True)
     (run.folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is not empty: continue with --resume"):
-        run.begin(None, {})
+        run.begin(model=None)
 
 
 # ---- the data it was started with

@@ -92,7 +92,7 @@ def test_the_listing_shows_every_class_worst_first():
     lines = found.text().splitlines()
     assert lines[0] == "title" and lines[1] == "acc@1 98.3   acc@5 98.3   mean_per_class_recall 98.3"
     assert lines[3].startswith(" 50.0  class 7 (2)") and max(map(len, lines)) <= 120
-    assert sum(line.count("class ") for line in lines[3:]) == 30 and len(lines) == 33
+    assert sum(line.count("class ") for line in lines[3:]) == 30 and len(lines) < 20
 
 
 @pytest.mark.parametrize("k", [1, 2, 60, 120])

@@ -9,16 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..config import CFG
 from ..errors import UserError
 from ..files import sole_writer, write_atomically
 from .download import Remote, download
 from .unpack import unpack
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _KARPATHY = Remote("https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip")
 _FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
@@ -154,17 +150,6 @@ def archives_in(folder: Path) -> list[Path]:
     return sorted(path for pattern in ("*.zip", "*.tar", "*.tar.gz") for path in folder.glob(pattern))
 
 
-def read_quietly(cfg: CFG) -> tuple[pd.DataFrame, Path]:
-    """The caption table and the image folder, without what is printed when the data set is checked."""
-    from .captions import read_table
-    from .locate import find_images, locate
-
-    with contextlib.redirect_stderr(io.StringIO()):
-        located = locate(cfg)
-        table = read_table(located, cfg)
-        return table, find_images(located, table)
-
-
 def _captions(source: Source, folder: Path) -> bool:
     """Whether there are captions, be it without the published split."""
     return any((folder / name).is_file() for name in (source.texts[0], *source.others))
@@ -172,8 +157,14 @@ def _captions(source: Source, folder: Path) -> bool:
 
 def _missing(source: Source, folder: Path) -> tuple[bool, list[str]]:
     """Whether a text file is missing, and the images that are missing of those that the captions name."""
+    from .captions import read_table
+    from .locate import find_images, locate
+
     texts = not all((folder / name).is_file() for name in source.texts)
     if not _captions(source, folder):
         return texts, []
-    table, images = read_quietly(CFG(captions_path=str(folder)))
+    with contextlib.redirect_stderr(io.StringIO()):  # the check at the end prints it
+        located = locate(cfg := CFG(captions_path=str(folder)))
+        table = read_table(located, cfg)
+        images = find_images(located, table)
     return texts, [name for name in table["image"].unique() if not (images / name).is_file()]

@@ -27,7 +27,10 @@ class Classified:
         keys = ("acc@1", "acc@5", "mean_per_class_recall")
         accuracies = "   ".join(f"{key} {100 * self.metrics[key]:.1f}" for key in keys if key in self.metrics)
         recalls = sorted(self.metrics["per_class_recall"].items(), key=lambda item: item[1])
-        lines = [f"{100 * recall:5.1f}  {label} ({images[label]:,})" for label, recall in recalls]
+        cells = [f"{100 * recall:5.1f}  {label} ({images[label]:,})" for label, recall in recalls]
+        width = max(map(len, cells), default=0)
+        height = -(-len(cells) // max(1, min(4, 118 // (width + 3))))  # read downwards, then to the right
+        lines = ["   ".join(cell.ljust(width) for cell in cells[row::height]).rstrip() for row in range(height)]
         return "\n".join([self.title, accuracies, "recall of each class, worst first (images):", *lines])
 
     def draw(self, path: str | Path) -> Path:

@@ -56,9 +56,11 @@ def checked_split(source: DataSource, split: str) -> tuple[DataSource, str]:
 
 def data_changed(run: str | Path, split: str, table: pd.DataFrame) -> bool:
     """Whether a split of the captions that a run was trained with has other rows now; False where no record tells."""
-    record = best_folder(run).parent / RECORD
-    known = json.loads(record.read_text())["data"].get(split) if record.is_file() else None
-    return known is not None and known != fingerprint_of(table)
+    try:
+        known = json.loads((best_folder(run).parent / RECORD).read_text())["data"][split]
+    except (OSError, ValueError, KeyError, TypeError):  # of an older run, only best/, or damaged
+        return False
+    return known != fingerprint_of(table)
 
 
 def count_ambiguous(table: pd.DataFrame) -> int:

@@ -132,7 +132,7 @@ def trace_text_tower(model: DualEncoder, folder: Path) -> None:
             torch.testing.assert_close(network(*tokens.batch([2])), tower(*tokens.batch([2])), atol=1e-5, rtol=0)
             network.save(str(folder / "text.pt"))
     except Exception as error:  # of the tracer, and of a network that looks at sizes
-        raise UserError(f"the text tower cannot be traced: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"the text tower cannot be traced: {first_line(error)}") from error
 
 
 def _in_fp32(model: DualEncoder) -> DualEncoder:

@@ -50,9 +50,7 @@ class QueryEncoder:
 
             run = _onnx(path / "text.onnx") if (path / "text.onnx").is_file() else _torchscript(path / "text.pt")
             return run, Tokenizer.from_file(str(path / "tokenizer.json"))
-        except (
-            Exception
-        ):  # no onnxruntime, no file, a torch without TorchScript, or damage: each has classes of its own
+        except Exception:  # no library, no file, or a damaged one: each library has errors of its own
             return None
 
     def text(self, sentences: Sequence[str]) -> np.ndarray:

@@ -21,6 +21,7 @@ from torch import nn
 from ..config import CFG
 from ..data.loaders import Batch, to_device
 from ..device import computes_in_bf16
+from ..environment import processor
 from ..files import cache_folder, write_json
 from ..models.clip import DualEncoder
 from ..models.precision import default_precision
@@ -54,8 +55,8 @@ def choose_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, s
 
 def _key(model: DualEncoder, batch: Batch) -> str:
     """A hash of what the choice depends on: the machine, the towers, which of their weights train, and the shapes."""
-    device, processor = model.device, torch.backends.cpu.get_cpu_capability()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     machine = [device.type, name, computes_in_bf16(device), torch.get_num_threads(), torch.__version__]
     towers = [(repr(tower), [p.requires_grad for p in tower.parameters()]) for tower in model.towers.values()]
     shapes = [batch["pixel_values"].shape[1:], model.tokenizer.model_max_length]

@@ -70,7 +70,7 @@ class Run:
         self.cfg = resumed(cfg) if cfg.resume else cfg
         self.is_resumed = bool(cfg.resume)
         self.writes = is_main()
-        self.fingerprint = ""  # of the captions, set when they have been read
+        self.data: dict[str, str] = {}  # fingerprints of the splits, set when the captions have been read
         self._lock = self.board = None
         self.lines: list[str] = []  # of metrics.jsonl
         if self.is_resumed:
@@ -92,13 +92,17 @@ class Run:
         if self._lock:
             self._lock.release()
 
-    def begin(self, model: DualEncoder, data: dict[str, str]) -> None:
-        """Make the folder of a new run, with what never changes; `data` are the fingerprints of the splits."""
+    def _fingerprint(self) -> str:
+        """Of what a resume trains on."""
+        return self.data["train"] + self.data["valid"]
+
+    def begin(self, model: DualEncoder) -> None:
+        """Make the folder of a new run, with what never changes."""
         if not self.writes:
             return
         self._claim()
         prepare_best(self.best, model, model.cfg)
-        write_json(self.folder / RECORD, environment() | {"data": data})
+        write_json(self.folder / RECORD, environment() | {"data": self.data})
 
     def resumed_model(self) -> DualEncoder:
         """The model of a resumed run without its weights, and with its resolved settings."""
@@ -109,7 +113,7 @@ class Run:
     def resume(self, state: TrainState) -> None:
         """Put back what was saved last. Raises UserError where it does not fit, or the captions have changed."""
         saved = load_tree(self._last)
-        if saved["fingerprint"] != self.fingerprint:
+        if saved["fingerprint"] != self._fingerprint():
             source = self.cfg.captions_path or "the built-in data set"
             raise UserError(f"{source} has changed since {self.folder} was started: restore it, or start a new run")
         try:
@@ -121,7 +125,7 @@ class Run:
         """Replace the checkpoint that a resume starts from."""
         if self.writes:
             self._last.parent.mkdir(exist_ok=True)
-            save_tree(self._last, {**state.state_dict(), "fingerprint": self.fingerprint})
+            save_tree(self._last, {**state.state_dict(), "fingerprint": self._fingerprint()})
 
     def open_log(self, epochs: int, steps: int) -> None:
         """Open metrics.jsonl and the TensorBoard events, both cut back to finished `epochs` and `steps`."""

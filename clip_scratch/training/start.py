@@ -6,7 +6,6 @@ import time
 import torch
 
 from ..config import CFG
-from ..data.captions import fingerprint_of
 from ..data.loaders import Loader, build_loaders
 from ..data.source import DataSource
 from ..evaluation.measure import ZERO_SHOT, Measured, save_zero_shot
@@ -50,13 +49,12 @@ def begin(run: Run, source: DataSource, device: torch.device, report: Report, be
     progress = state.progress
     image_rank, text_rank = ranks(*embeddings)
     progress.start, progress.start_logit_scale = recalls_of(image_rank, text_rank), model.logit_scale.item()
-    run.begin(model, {split: fingerprint_of(rows) for split, rows in source.table.groupby("split")})
+    run.begin(model)
     if report.is_pretrained:  # epoch 0: the best one until a better one comes
         progress.best_rsum = progress.start["rsum"]
     if report.is_pretrained and run.writes:
         save_best(run.best, state.measured, 0, progress.start)
-        names, captions = valid_loader.dataset.names, fingerprint_of(source.split("valid"))
-        measured = Measured(names, embeddings[2], image_rank, text_rank, captions)
+        measured = Measured(valid_loader.dataset.names, embeddings[2], image_rank, text_rank, run.data["valid"])
         save_zero_shot(run.folder / ZERO_SHOT, cfg.model_name, measured)
         report.picture(state.measured, embeddings[0], 0, is_best=True)
     if cfg.wise_ft:

@@ -19,14 +19,12 @@ from .engine import valid_epoch
 
 ZERO_SHOT = "zero_shot.safetensors"
 _ALPHAS = [i / 10 for i in range(11)]
+Weights = dict[str, torch.Tensor]  # a state dict
 
 
 def save_start(folder: Path) -> None:
     """Copy the weights of epoch 0, which are now in `best/`, for `average_with_start`."""
     write_atomically(folder / ZERO_SHOT, lambda temporary: shutil.copyfile(folder / "best" / WEIGHTS, temporary))
-
-
-Weights = dict[str, torch.Tensor]  # a state dict
 
 
 def interpolate(zero_shot: Weights, fine_tuned: Weights, alpha: float) -> Weights:
