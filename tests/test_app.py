@@ -149,8 +149,10 @@ def test_names_are_escaped(served):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-def test_in_chromium(served, tmp_path):
+def test_in_chromium(served, monkeypatch):
     sync = pytest.importorskip("playwright.sync_api")
+    from clip_scratch.retrieval.page import _results as results
+
     options = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
                "--disable-component-update", "--disable-quic"]  # fmt: skip
     errors, addresses = [], []
@@ -181,12 +183,23 @@ def test_in_chromium(served, tmp_path):
         sync.expect(figures).not_to_have_count(40)
         assert 0 < figures.count() < 20
         number.fill("-6")
+        begun, may_end = threading.Event(), threading.Event()
+
+        def slow(*args):
+            begun.set()
+            may_end.wait(30)
+            return results(*args)
+
+        monkeypatch.setattr("clip_scratch.retrieval.page._results", slow)
         slider.focus()
         slider.press("ArrowLeft")
-
-        page.get_by_label("Only where").fill("path < '000010'")
+        assert begun.wait(30)
+        # A search while another runs comes after it, and is not lost
+        page.get_by_label("Only where").fill("path < '000013'")
         page.get_by_label("Only where").press("Enter")
-        sync.expect(figures).to_have_count(10)
+        page.wait_for_timeout(500)
+        may_end.set()
+        sync.expect(figures).to_have_count(13)
         figures.first.click()
         sync.expect(page.locator("#details figure")).to_have_count(8)
         page.wait_for_function("() => document.querySelector('#details .explained')?.naturalWidth > 0")

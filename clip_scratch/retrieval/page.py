@@ -163,6 +163,7 @@ def _interface(index: Index) -> gr.Blocks:
             search,
             inputs,
             [grid, details],
+            trigger_mode="always_last",  # else what is asked while a search runs is dropped
             api_visibility="private",
         )
         for source in (grid, details):
