@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import active_children
 from pathlib import Path
 
 from clip_scratch.errors import UserError, run_command
@@ -329,10 +330,10 @@ def models(arguments: Arguments, work: Path, count: Callable[[str, str], None]) 
 # ---- hours of it
 
 
-def _state() -> tuple[float, int]:
-    """Resident MB, and open file handles."""
+def _state() -> tuple[float, int, int]:
+    """Resident MB, open file handles, and processes that this one started."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6, len(os.listdir("/proc/self/fd"))
+    return pages * resource.getpagesize() / 1e6, len(os.listdir("/proc/self/fd")), len(active_children())
 
 
 def soak(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
@@ -351,7 +352,7 @@ def soak(arguments: Arguments, work: Path, count: Callable[[str, str], None]) ->
         folder = work / f"soak{rounds % 2}"
         shutil.rmtree(folder, ignore_errors=True)
         with silent():
-            run = train(parse([*TRAIN[1:-1], str(folder / "run")]))
+            run = train(parse([*TRAIN[1:-1], str(folder / "run"), "--num-workers", "1"]))
             update_index(run, work / "data/Images", folder / "index", device="cpu")
             index = Index.open(folder / "index")
             for n in range(200):
@@ -360,11 +361,14 @@ def soak(arguments: Arguments, work: Path, count: Callable[[str, str], None]) ->
         rounds += 1
     os.chdir(before)
     left = list(work.rglob(".*.tmp"))
-    (first, handles), (last, handles_then) = states[min(2, rounds - 2)], states[-1]
+    print("round: MB, file handles, processes")
+    for number in sorted({2, *range(rounds // 8, rounds, max(1, rounds // 8)), rounds - 1}):
+        print(f"{number + 1:>5}: {states[number][0]:.0f}, {states[number][1]}, {states[number][2]}")
     count(
         "rounds of training, indexing, 200 searches",
-        f"{rounds} in {(time.monotonic() - began) / 60:.0f} min: {first:.0f} MB and {handles} file handles after the "
-        f"third, {last:.0f} MB and {handles_then} after the last; {len(left)} temporary files",
+        f"{rounds} in {(time.monotonic() - began) / 60:.0f} min: {states[2][0]:.0f} MB and {states[2][1]} file handles "
+        f"after the third, {states[-1][0]:.0f} MB and {states[-1][1]} after the last, {states[-1][2]} processes and "
+        f"{len(left)} temporary files left",
     )
 
 
