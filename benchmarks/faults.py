@@ -352,7 +352,8 @@ def soak(arguments: Arguments, work: Path, count: Callable[[str, str], None]) ->
         folder = work / f"soak{rounds % 2}"
         shutil.rmtree(folder, ignore_errors=True)
         with silent():
-            run = train(parse([*TRAIN[1:-1], str(folder / "run"), "--num-workers", "1"]))
+            workers = ["--no-image-cache", "--num-workers", "1"] if rounds % 2 else []
+            run = train(parse([*TRAIN[1:-1], str(folder / "run"), *workers]))
             update_index(run, work / "data/Images", folder / "index", device="cpu")
             index = Index.open(folder / "index")
             for n in range(200):
