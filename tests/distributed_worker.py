@@ -13,9 +13,10 @@ from clip_scratch.retrieval.embed import embed_batches
 from clip_scratch.training import distributed
 from clip_scratch.training.cached_features import cache_features
 from clip_scratch.training.engine import train_epoch
+from clip_scratch.training.losses import LOSSES
 from clip_scratch.training.optimizer import WeightAverage, build_optimizer
 
-CASES = [(loss, micro, False) for loss in ("infonce", "sigmoid") for micro in (0, 2)] + [("infonce", 0, True)]
+CASES = [(loss, micro, False) for loss in LOSSES for micro in (0, 2)] + [("infonce", 0, True)]
 
 
 def ten_steps(cfg, table, tokenizer, loss, micro, cached):

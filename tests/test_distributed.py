@@ -77,7 +77,7 @@ def test_runs_of_two_processes(tmp_path):
     whole, other = together(2, ["-m", "clip_scratch.train", *words, "runs/whole"], tmp_path)
     assert whole.returncode == other.returncode == 0, whole.stderr[-3000:] + other.stderr[-3000:]
     assert whole.stdout.count("run folder: runs/whole") == 1 and whole.stdout.count("best epoch") == 1
-    assert other.stdout == ""
+    assert other.stdout == other.stderr == ""
     lines = [json.loads(line) for line in (tmp_path / "runs/whole/metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 12), (2, 24)]
 

@@ -1,9 +1,8 @@
 """Data-parallel training in the processes that torchrun starts, with the gradients of one process.
 
-Each process embeds its share of a batch. Embeddings and ids are gathered, and every process computes the loss of the
-whole batch, and of it the gradients of its own embeddings, which it continues into its towers. Summed over processes,
-these are the gradients of the whole batch; those of temperature and bias, which every process has whole, are averaged.
-The loss is computed by all processes alike: it takes a small part of a step (tiled_losses.py bounds its memory).
+Each process embeds its share of a batch, and computes its share of the loss of the whole batch (shared_losses.py) and
+from it the gradients of its own embeddings, which it continues into its towers. Summed over the processes, these are
+the gradients of the whole batch.
 
 Without torchrun there is one process, and every function here does nothing.
 """
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before the group is made: its default arguments would keep the group, and its threads
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import CFG
 from ..errors import USER_ERROR, UserError
@@ -68,6 +68,7 @@ def process_group(cfg: CFG | None = None) -> Iterator[CFG | None]:
             if not is_main():
                 silence = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
+                stack.enter_context(contextlib.redirect_stderr(silence))
                 os.environ["TQDM_DISABLE"] = "1"
             yield cfg
     except UserError as error:
@@ -138,6 +139,25 @@ def gather(rows: torch.Tensor) -> list[torch.Tensor]:
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
+def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
+    """The rows (N, P) of every process as one tensor, whose gradients are summed over the processes."""
+    return _Gather.apply(rows)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        parts = gather(rows)
+        ctx.counts = [len(part) for part in parts]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.split(ctx.counts)[rank()]
+
+
 def gather_embeddings(
     embedded: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -149,19 +169,47 @@ def gather_embeddings(
     return torch.cat(images), torch.cat(texts), torch.cat([r + first for r, first in zip(rows, firsts, strict=True)])
 
 
-def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients of all processes; average those of temperature and bias."""
-    if world_size() == 1:
-        return
-    whole = {id(p) for p in (model.log_scale, model.logit_bias) if p is not None}
-    params = [p for p in model.parameters() if p.grad is not None]
-    for p in params:
-        if id(p) in whole:
-            p.grad /= world_size()
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.grad.copy_(part.view_as(p))
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the processes' tensors of one shape, without gradient."""
+    if world_size() > 1:
+        dist.all_reduce(tensor := tensor.clone())
+    return tensor
+
+
+class Replica:
+    """The forward pass of a model of which every process has a copy, and whose gradients are summed over them.
+
+    DistributedDataParallel sums those of the towers while the backward pass goes on; temperature and bias have theirs
+    from the loss, and `finish` sums them.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.forward = model
+        self.is_last = True  # whether the next batch is the last one of a step
+        self._of_loss = [p for p in (model.log_scale, model.logit_bias) if p is not None and p.requires_grad]
+        if world_size() > 1:
+            module = nn.Sequential(model)  # parameters of the outermost module itself cannot be left out
+            ignored = [name for name, p in module.named_parameters() if any(p is other for other in self._of_loss)]
+            ignored += [name for name, _ in module.named_buffers()]  # batch norm's statistics are each process's own
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+            self.forward = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            self.forward.register_comm_hook(None, _sum_bucket)
+
+    def pass_over(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """For a forward and a backward pass over a part of a batch: the last ones of a step sum the gradients."""
+        sums = world_size() == 1 or (self.is_last and is_last)
+        return contextlib.nullcontext() if sums else self.forward.no_sync()
+
+    def finish(self) -> None:
+        """After the last backward pass of a step."""
+        for p in self._of_loss:
+            p.grad = summed(p.grad)
+
+
+def _sum_bucket(_, bucket):
+    """DistributedDataParallel's hook for a sum in place of its mean. It takes no annotation that is a string."""
+    done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return done.then(lambda future: future.value()[0])
 
 
 def same_weights(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from ..data.loaders import Batch, on_device
 from ..errors import UserError, is_out_of_memory
 from ..evaluation.retrieval import recall_at_k
 from ..retrieval.embed import embed_batches
-from .distributed import sum_gradients, world_size
+from .distributed import Replica, summed, world_size
 from .large_batch import backward_in_parts, largest_that_fits
 from .losses import LOSSES
 
@@ -76,13 +76,14 @@ def train_epoch(
     params = [p for p in model.parameters() if p.requires_grad]
     read_every = _READ_EVERY.get(model.device.type, _READ_EVERY_ON_GPU)
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    total, unread, began = EpochStats(), _Unread(), time.perf_counter()
+    replica, total, unread, began = Replica(model), EpochStats(), _Unread(), time.perf_counter()
     ahead = on_device(loader, model.device)
     while batches := list(islice(ahead, cfg.accumulation)):  # of a step; the last one of an epoch may have fewer
         optimizer.zero_grad(set_to_none=True)
         for batch in batches:
-            unread.add(batch, *_backward(model, batch, loss, scaler, 1 / len(batches), cfg.micro_batch_size))
-        sum_gradients(model)
+            replica.is_last = batch is batches[-1]
+            unread.add(batch, *_backward(model, batch, loss, scaler, 1 / len(batches), cfg.micro_batch_size, replica))
+        replica.finish()
         norm = _clip_gradients(params, optimizer, scaler, cfg.grad_clip)
         unread.add_step(None if scaler.is_enabled() else norm)  # a scaler skips the step
         is_read = unread.steps == read_every
@@ -114,15 +115,16 @@ def compute_loss(model: nn.Module, batch: Batch, loss: Loss) -> tuple[torch.Tens
 
 def backward(
     model: nn.Module, batch: Batch, loss: Loss, scaler: torch.amp.GradScaler | None, share: float,
-    micro_batch_size: int = 0,
+    micro_batch_size: int = 0, replica: Replica | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Add `share` of the gradients of a batch's loss to those of the model; the loss and the spread of its images.
 
     With a `micro_batch_size` in parts of so many images: the same gradients in less memory (see large_batch.py).
+    `replica` is the model's of this process, where there are several.
     """
     n = len(batch["image_ids"])
     if 0 < micro_batch_size < n or world_size() > 1:
-        value, image_embeddings = backward_in_parts(model, batch, loss, scaler, share, micro_batch_size or n)
+        value, image_embeddings = backward_in_parts(model, batch, loss, scaler, share, micro_batch_size or n, replica)
         return value, spread(image_embeddings)
     value, image_embeddings = compute_loss(model, batch, loss)
     scaled = value if share == 1 else value * share
@@ -144,10 +146,10 @@ def _backward(model: nn.Module, batch: Batch, *args) -> tuple[torch.Tensor, torc
 
 
 def spread(embeddings: torch.Tensor) -> torch.Tensor:
-    """Mean cosine of two different rows of (B, P) normalised embeddings, a scalar."""
-    n = len(embeddings)
-    total = embeddings.sum(0).square().sum()  # sum of all cosines, the n of a row with itself included
-    return (total - n) / max(1, n * (n - 1))
+    """Mean cosine of two different rows of (B, P) normalised embeddings, those of all processes; a scalar."""
+    n = len(embeddings) * world_size()
+    cosines = summed(embeddings.sum(0)).square().sum()  # the sum of all, the n of a row with itself included
+    return (cosines - n) / max(1, n * (n - 1))
 
 
 def _clip_gradients(params, optimizer, scaler, largest: float) -> torch.Tensor:

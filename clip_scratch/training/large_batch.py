@@ -14,46 +14,50 @@ from torch import nn
 
 from ..data.loaders import Batch
 from ..errors import is_out_of_memory
-from .distributed import gather, rank
+from .distributed import Replica, summed
+from .shared_losses import loss_share
 
 _INPUTS = ("pixel_values", "image_features", "input_ids", "attention_mask", "text_features")
 
 
 def backward_in_parts(
     model: nn.Module, batch: Batch, loss: Callable[..., torch.Tensor], scaler: torch.amp.GradScaler | None,
-    share: float, size: int,
+    share: float, size: int, replica: Replica | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`engine.backward` of a batch by parts of `size` images: the loss, and the image embeddings (B, P).
 
-    With several processes (distributed.py) of the batch that theirs make together, and its embeddings.
+    With several processes (distributed.py) the loss is that of the batch that theirs make together.
     """
-    parts = split(batch, size)
+    replica, parts = replica or Replica(model), split(batch, size)
     states, embedded = [], []
     is_one = len(parts) == 1  # its graph is kept, and it is computed once
-    with torch.set_grad_enabled(is_one), contextlib.nullcontext() if is_one else _fixed_statistics(model):
-        for part in parts:
-            states.append(_random_state(model.device))
-            embedded.append(model(part))
-    own = [torch.cat(embeddings).detach() for embeddings in zip(*embedded, strict=True)]  # (B, P), (C, P)
-    gathered = [gather(embeddings) for embeddings in own]
-    leaves = [torch.cat(embeddings).requires_grad_() for embeddings in gathered]
+    if is_one:
+        with replica.pass_over(is_last=True):
+            embedded.append(replica.forward(parts[0]))
+    else:
+        with torch.no_grad(), _fixed_statistics(model):
+            for part in parts:
+                states.append(_random_state(model.device))
+                embedded.append(model(part))
+    leaves = [torch.cat(embeddings).detach().requires_grad_() for embeddings in zip(*embedded, strict=True)]
     ids = (batch.get(name) for name in ("image_ids", "caption_image_ids", "caption_ids"))
-    value = loss(*leaves, model.logit_scale, *(i if i is None else torch.cat(gather(i)) for i in ids))
+    value = loss_share(loss, *leaves, model.logit_scale, *ids)
     scaled = value if share == 1 else value * share
     (scaled if scaler is None else scaler.scale(scaled)).backward()  # temperature and bias get their gradients here
-    gradients = []
-    for leaf, of_processes in zip(leaves, gathered, strict=True):
-        of_own = leaf.grad.split([len(embeddings) for embeddings in of_processes])[rank()]
-        gradients.append(of_own.tensor_split(len(parts)))
+    gradients = [leaf.grad.tensor_split(len(parts)) for leaf in leaves]
     after = _random_state(model.device)
-    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
-        if not is_one:
-            _set_random_state(state, model.device)
-        outputs = zip(embedded[0] if is_one else model(part), (of_parts[i] for of_parts in gradients), strict=True)
-        if trained := [(e, g) for e, g in outputs if e.requires_grad]:  # a tower may be frozen as a whole
-            torch.autograd.backward(*zip(*trained, strict=True))
+    for i, part in enumerate(parts):
+        with replica.pass_over(is_last=i == len(parts) - 1):
+            if is_one:
+                embeddings = embedded[0]
+            else:
+                _set_random_state(states[i], model.device)
+                embeddings = replica.forward(part)
+            outputs = zip(embeddings, (of_parts[i] for of_parts in gradients), strict=True)
+            if trained := [(e, g) for e, g in outputs if e.requires_grad]:  # a tower may be frozen as a whole
+                torch.autograd.backward(*zip(*trained, strict=True))
     _set_random_state(after, model.device)
-    return value.detach(), leaves[0].detach()
+    return summed(value.detach()), leaves[0].detach()
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

@@ -46,44 +46,67 @@ class _LogSumExps(torch.autograd.Function):
         return d_images, d_texts
 
 
-def _positive_sums(images, texts, image_ids, caption_image_ids, caption_ids=None):
-    """The sum of the positive logits and their number, of each image, (B,), (B,), and of each caption, (C,), (C,).
+class Positives:
+    """The positive pairs of B images and C captions, with no matrix such as that of `positive_pairs`.
 
-    With no matrix such as that of `positive_pairs`: images with one id form a group, captions that read the same form
-    another, and a link joins an image group to a caption group that has one of its captions: at most C links.
+    Images with one id form a group, captions that read the same form another, and a link joins an image group to a
+    caption group that has one of its captions: at most C links.
     """
-    groups = torch.cat([image_ids, caption_image_ids]).unique(return_inverse=True)[1]
-    image_group, owner = groups.split([len(image_ids), len(caption_image_ids)])
-    if caption_ids is None:
-        caption_ids = torch.arange(len(owner), device=owner.device)
-    caption_group = caption_ids.unique(return_inverse=True)[1]
-    image_link, caption_link = torch.stack([owner, caption_group]).unique(dim=1)
-    of_images = _linked_sums(images, image_group, image_link, texts, caption_group, caption_link)
-    return *of_images, *_linked_sums(texts, caption_group, caption_link, images, image_group, image_link)
 
+    def __init__(self, image_ids, caption_image_ids, caption_ids=None):
+        groups = torch.cat([image_ids, caption_image_ids]).unique(return_inverse=True)[1]
+        self.images, owner = groups.split([len(image_ids), len(caption_image_ids)])  # the group of each, (B,), (C,)
+        if caption_ids is None:
+            caption_ids = torch.arange(len(owner), device=owner.device)
+        self.captions = caption_ids.unique(return_inverse=True)[1]  # (C,)
+        self.links = torch.stack([owner, self.captions]).unique(dim=1)  # (2, links)
 
-def _linked_sums(rows, row_group, row_link, columns, column_group, column_link):
-    """For each row the sum of its dot products with the columns of the groups linked to its own, and their number."""
-    columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)  # the last dimension counts
-    zeros = columns.new_zeros(len(rows) + len(columns), columns.shape[1])  # there are no more groups
-    sums = zeros.index_add(0, column_group, columns)
-    total = zeros.index_add(0, row_link, sums[column_link])[row_group]  # (rows, P + 1)
-    return (rows * total[:, :-1]).sum(1), total[:, -1]
+    def of_images(self, images, texts, rows=slice(None), columns=slice(None)):
+        """The sum of the positive logits of each image, and their number: (b, P), (c, P) -> (b,), (b,).
+
+        `rows` and `columns` say which of the B images and C captions are given; all, by default.
+        """
+        return self._sums(images, self.images[rows], self.links[0], texts, self.captions[columns], self.links[1])
+
+    def of_captions(self, images, texts):
+        """The same of each caption: (B, P), (C, P) -> (C,), (C,)."""
+        return self._sums(texts, self.captions, self.links[1], images, self.images, self.links[0])
+
+    def _sums(self, rows, row_group, row_link, columns, column_group, column_link):
+        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)  # the last dimension counts
+        zeros = columns.new_zeros(len(self.images) + len(self.captions), columns.shape[1])  # there are no more groups
+        sums = zeros.index_add(0, column_group, columns)
+        total = zeros.index_add(0, row_link, sums[column_link])[row_group]  # (rows, P + 1)
+        return (rows * total[:, :-1]).sum(1), total[:, -1]
 
 
 def tiled_contrastive_loss(images, texts, *ids):
     """`contrastive_loss`: a cross-entropy is the logsumexp less the mean over the positives."""
     of_rows, of_columns = _LogSumExps.apply(images, texts)
-    row_sum, row_count, column_sum, column_count = _positive_sums(images, texts, *ids)
+    positives = Positives(*ids)
+    (row_sum, row_count), (column_sum, column_count) = (
+        sums(images, texts) for sums in (positives.of_images, positives.of_captions)
+    )
     return ((of_rows - row_sum / row_count).mean() + (of_columns - column_sum / column_count).mean()) / 2
 
 
-def tiled_sigmoid_loss(images, texts, logit_bias, *ids):
-    """`sigmoid_loss`: every pair as a negative, and then less its logit if it is a positive."""
+def tiled_log_sum_exp(rows, columns):
+    """The logsumexp of each row of rows @ columns.T: (R, P), (C, P) -> (R,)."""
+
+    def of_tile(tile):
+        return (tile @ columns.T).logsumexp(1)
+
+    return torch.cat([checkpoint(of_tile, tile, use_reentrant=False) for tile in _tiles(rows, columns)])
+
+
+def tiled_sigmoid_sum(images, texts, logit_bias, logits, count):
+    """`sigmoid_loss` before the mean: every pair as a negative, and then less its logit if it is a positive.
+
+    `logits` and `count` are the sum of each image's positive logits and their number, without the bias.
+    """
 
     def as_negatives(tile):
         return -F.logsigmoid(-(tile @ texts.T + logit_bias)).sum()
 
     total = sum(checkpoint(as_negatives, tile, use_reentrant=False) for tile in _tiles(images, texts))
-    logits, count, *_ = _positive_sums(images, texts, *ids)
-    return (total - (logits + logit_bias * count).sum()) / len(images)
+    return total - (logits + logit_bias * count).sum()
