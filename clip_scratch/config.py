@@ -117,6 +117,7 @@ class CFG(metaclass=_Settings):
     precision: str = "auto"  # fp32, bf16, fp16, or one for each tower as in fp32/bf16 (image/text); auto: each tower's fastest, measured in runs of 200 steps or more
     channels_last: bool = True  # memory format of the image tower; precision auto measures it too
     sync_batch_norm: bool = False  # batch norm takes its statistics from the images of all processes (GPUs, torchrun)
+    fully_shard: bool = False  # divide weights, gradients and optimizer state of the towers among the processes (FSDP2, torchrun)
     compile: bool = False  # torch.compile both towers
     deterministic: bool = False  # algorithms that give a GPU's runs the same weights each time, as a CPU's have anyway
     cached_views: int = 0  # augmented views to cache per image where a tower is frozen; its features are then computed once; 0: no feature cache

@@ -39,6 +39,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     from .training.engine import EpochStats
     from .training.report import Report, epoch_line
     from .training.run import Interrupt, Run
+    from .training.sharded import whole_state, whole_towers
     from .training.wise_ft import average_with_start
 
     with process_group(cfg) as cfg, Run(cfg) as run, training_on(run.cfg, _less_memory(run.cfg)) as device:
@@ -59,19 +60,22 @@ def main(cfg: CFG | type[CFG]) -> Path:
         with Interrupt(run.folder) as interrupt:
             while not state.is_done:
                 stats = _train_epoch(run, state, train_loader, report, interrupt)
-                same_weights(measured)
-                embeddings = gather_embeddings(embed_batches(measured, valid_loader))
+                with whole_towers(measured):
+                    same_weights(measured)
+                    embeddings = gather_embeddings(embed_batches(measured, valid_loader))
                 metrics = recall_at_k(*embeddings)
                 is_best = state.end_epoch(metrics)
                 line = epoch_line(state, stats, metrics)
+                weights = whole_state(measured) if is_best else {}
                 if is_best and run.writes:
-                    save_best(run.best, measured, progress.epoch, metrics)
+                    save_best(run.best, measured, progress.epoch, metrics, weights)
                 run.log_epoch(line)
                 run.save_last(state)
                 own_randomness(run.cfg.seed, progress.step)
                 interrupt.stop_if_asked()
-                if run.writes:
-                    report.picture(measured, embeddings[0], progress.step, is_best)
+                with whole_towers(measured):
+                    if run.writes:
+                        report.picture(measured, embeddings[0], progress.step, is_best)
                 report.epoch(line, state, stats)
             if run.cfg.wise_ft:
                 print(average_with_start(run.folder, measured, progress.epoch, valid_loader, run.cfg.wise_ft))
@@ -87,6 +91,8 @@ def _check(cfg: CFG) -> None:
         raise UserError(f"{sizes}: lower it")
     if cfg.wise_ft and cfg.backend != "hf_clip":
         raise UserError("wise_ft averages with zero-shot weights: use a pretrained CLIP, as the preset hf_clip does")
+    if cfg.fully_shard and (cfg.compile or cfg.precision == "fp16"):
+        raise UserError("fully_shard works with precision bf16 or fp32, and without compile: change one of them")
 
 
 def _less_memory(cfg: CFG) -> str:

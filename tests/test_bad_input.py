@@ -289,6 +289,7 @@ def test_freezing_that_does_not_fit(tune_refused, train_refused, monkeypatch):
 
 def test_what_needs_a_pretrained_clip(train_refused):
     assert "wise_ft averages with zero-shot weights" in train_refused("--wise-ft", "auto")
+    assert "fully_shard works with precision bf16 or fp32" in train_refused("--fully-shard", "--precision", "fp16")
 
 
 def test_models_that_are_no_clip(tune_refused, hf_clip, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from distributed_worker import CASES, ten_steps
+from distributed_worker import CASES, DIVIDED, start, ten_steps
 from processes import together, torchrun
 
 from clip_scratch import load
@@ -30,23 +30,31 @@ SCENES = [
 
 
 @pytest.mark.slow
-def test_the_same_losses_and_weights_as_one_process(tiny_cfg, tiny_data, tiny_tokenizer, tmp_path):
-    """Of 1, 2 and 4 processes after ten steps, in float64; several captions an image, unequal ones a process."""
-    cfg = dataclasses.replace(tiny_cfg, cache_path=str(tmp_path / "cache"))
-    torch.save((cfg, tiny_data.table, tiny_tokenizer), tmp_path / "inputs.pt")
-    one = [ten_steps(cfg, tiny_data.table, tiny_tokenizer, *case) for case in CASES]
-    for processes in (2, 4):
-        for done in together(processes, [ROOT / "tests/distributed_worker.py", tmp_path], tmp_path):
+@pytest.mark.parametrize(("cases", "words", "processes"), [(CASES, [], (2, 4)), (DIVIDED, ["divided"], (2,))])
+def test_the_same_losses_and_weights_as_one_process(
+    cases, words, processes, tiny_cfg, tiny_data, tiny_tokenizer, tmp_path
+):
+    """After ten steps, in float64; several captions an image, unequal ones a process."""
+    inputs = dataclasses.replace(tiny_cfg, cache_path=str(tmp_path / "cache")), tiny_data.table, tiny_tokenizer
+    torch.save(inputs, tmp_path / "inputs.pt")
+    one = [ten_steps(*start(*inputs, *case)) for case in cases]
+    for n in processes:
+        for done in together(n, [ROOT / "tests/distributed_worker.py", tmp_path, *words], tmp_path):
             assert done.returncode == 0, done.stderr[-3000:]
-    for other in (torch.load(tmp_path / f"{n}.pt", weights_only=False) for n in (2, 4)):
-        for case, (losses, weights, embeddings), (losses_1, weights_1, embeddings_1) in zip(
-            CASES, other, one, strict=True
-        ):
-            assert len(losses) == 10 and losses == pytest.approx(losses_1, abs=1e-8), case
-            for name, tensor in weights_1.items():
-                assert torch.allclose(weights[name].double(), tensor.double(), atol=1e-8, rtol=0), (case, name)
-            for ours, theirs in zip(embeddings, embeddings_1, strict=True):
-                assert ours.shape == theirs.shape and torch.allclose(ours.double(), theirs.double(), atol=1e-6), case
+        other = torch.load(tmp_path / f"{n}.pt", weights_only=False)
+        for case, ours, theirs in zip(cases, other, one, strict=True):
+            assert len(ours[0]) == 10 and ours[0] == pytest.approx(theirs[0], abs=1e-8), case
+            for name, tensor in theirs[1].items():
+                assert torch.allclose(ours[1][name].double(), tensor.double(), atol=1e-8, rtol=0), (case, name)
+            for embeddings, wanted in zip(ours[2], theirs[2], strict=True):
+                assert embeddings.shape == wanted.shape, case
+                assert torch.allclose(embeddings.double(), wanted.double(), atol=1e-6), case
+    if cases is DIVIDED:  # one process goes on with what two have saved
+        *_, state = start(*inputs, *cases[-1])
+        state.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=False))
+        assert all(
+            torch.equal(tensor.double(), other[-1][1][n].double()) for n, tensor in state.model.state_dict().items()
+        )
 
 
 KILLED = """

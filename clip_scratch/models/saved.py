@@ -41,14 +41,17 @@ def prepare_best(folder: Path, model: DualEncoder, cfg: CFG) -> None:
     model.tokenizer.save_pretrained(folder)
 
 
-def save_best(folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[str, float]) -> None:
-    """Replace the weights of `best/` in one rename.
+def save_best(
+    folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[str, float],
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Replace the weights of `best/` in one rename, by the model's or by `weights`, where it has only parts of them.
 
     LoRA's updates are merged into the weights, so that loading needs no PEFT; in bf16 the merged model's metrics may
     differ from `metrics` in the last digit shown.
     """
     header = {"format": "pt", "epoch": str(epoch), "metrics": json.dumps(metrics), "git_commit": git_commit() or ""}
-    write_tensors(folder / WEIGHTS, merged_state(model), header)
+    write_tensors(folder / WEIGHTS, merged_state(model) if weights is None else weights, header)
     write_json(folder / "metrics.json", {"epoch": epoch, **metrics, "git_commit": header["git_commit"]})
 
 

@@ -88,6 +88,8 @@ def _check(cfg: CFG) -> None:
         raise UserError(f"the processes have different settings ({names}): start all with the same command")
     if cfg.batch_size % world_size():
         raise UserError(f"batch_size ({cfg.batch_size}) is not a multiple of the {world_size()} processes: change it")
+    if cfg.fully_shard and not torch.cuda.is_available():
+        raise UserError("fully_shard needs GPUs: leave it out")
     if cfg.wise_ft:
         raise UserError("wise_ft is for one process: leave it out, and average afterwards in a run of one")
 
@@ -176,20 +178,32 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def is_divided(tensor: object) -> bool:
+    """Whether it is a DTensor, a tensor of which each process has a part (sharded.py); its class is slow to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def divided_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose weights are divided among the processes (sharded.py)."""
+    return [module for module in model.modules() if hasattr(module, "unshard")]
+
+
 class Replica:
     """The forward pass of a model of which every process has a copy, and whose gradients are summed over them.
 
-    DistributedDataParallel sums those of the towers while the backward pass goes on; temperature and bias have theirs
-    from the loss, and `finish` sums them.
+    DistributedDataParallel sums those of the towers while the backward pass goes on, or FSDP2 where it divides them;
+    temperature and bias have theirs from the loss, and `finish` sums them.
     """
 
     def __init__(self, model: nn.Module):
         self.forward = model
         self.is_last = True  # whether the next batch is the last one of a step
-        self._of_loss = [p for p in (model.log_scale, model.logit_bias) if p is not None and p.requires_grad]
-        if world_size() > 1:
+        self._divided = divided_modules(model)
+        rest = model.parameters() if self._divided else (model.log_scale, model.logit_bias)
+        self._rest = [p for p in rest if p is not None and p.requires_grad and not is_divided(p)]
+        if world_size() > 1 and not self._divided:
             module = nn.Sequential(model)  # parameters of the outermost module itself cannot be left out
-            ignored = [name for name, p in module.named_parameters() if any(p is other for other in self._of_loss)]
+            ignored = [name for name, p in module.named_parameters() if any(p is other for other in self._rest)]
             ignored += [name for name, _ in module.named_buffers()]  # batch norm's statistics are each process's own
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
             self.forward = DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -198,11 +212,13 @@ class Replica:
     def pass_over(self, is_last: bool) -> contextlib.AbstractContextManager:
         """For a forward and a backward pass over a part of a batch: the last ones of a step sum the gradients."""
         sums = world_size() == 1 or (self.is_last and is_last)
-        return contextlib.nullcontext() if sums else self.forward.no_sync()
+        for module in self._divided:
+            module.set_requires_gradient_sync(sums, recurse=False)
+        return contextlib.nullcontext() if sums or self._divided else self.forward.no_sync()
 
     def finish(self) -> None:
         """After the last backward pass of a step."""
-        for p in self._of_loss:
+        for p in self._rest:
             p.grad = summed(p.grad)
 
 
@@ -216,7 +232,8 @@ def same_weights(model: nn.Module) -> None:
     """Give every process the first one's weights and buffers, such as batch norm's statistics of its own share."""
     if world_size() > 1:
         for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.detach(), src=0)
+            if not is_divided(tensor):
+                dist.broadcast(tensor.detach(), src=0)
 
 
 def sync_batch_norm(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from ..retrieval.embed import embed_batches
 from .distributed import Replica, summed, world_size
 from .large_batch import backward_in_parts, largest_that_fits
 from .losses import LOSSES
+from .sharded import alike, whole
 
 # (image_embeddings (B, P), text_embeddings (C, P), logit_scale, image_ids (B,), caption_image_ids (C,),
 # caption_ids (C,)) -> a scalar
@@ -155,10 +156,14 @@ def spread(embeddings: torch.Tensor) -> torch.Tensor:
 def _clip_gradients(params, optimizer, scaler, largest: float) -> torch.Tensor:
     """Scale the gradients down to the norm `largest`, unless it is 0, and return their norm before, a scalar."""
     scaler.unscale_(optimizer)
-    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+
+    kinds = alike((p,) for p in params if p.grad is not None)
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in params])) for (params,) in kinds]
+    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
     # Otherwise a pass over all gradients would multiply them by one; a GPU would have to be asked, and waited for
     if largest and (norm.device.type != "cpu" or norm > largest):
-        nn.utils.clip_grads_with_norm_(params, largest, norm)
+        for (params,) in kinds:
+            nn.utils.clip_grads_with_norm_(params, largest, norm)
     return norm
 
 

@@ -123,9 +123,10 @@ class Run:
 
     def save_last(self, state: TrainState) -> None:
         """Replace the checkpoint that a resume starts from."""
+        saved = {**state.state_dict(), "fingerprint": self._fingerprint()}
         if self.writes:
             self._last.parent.mkdir(exist_ok=True)
-            save_tree(self._last, {**state.state_dict(), "fingerprint": self._fingerprint()})
+            save_tree(self._last, saved)
 
     def open_log(self, epochs: int, steps: int) -> None:
         """Open metrics.jsonl and the TensorBoard events, both cut back to finished `epochs` and `steps`."""

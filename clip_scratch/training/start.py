@@ -45,18 +45,19 @@ def begin(run: Run, source: DataSource, device: torch.device, report: Report, be
     embeddings = gather_embeddings(embed_batches(model, valid_loader))
     if cfg.minutes and not cfg.max_steps:
         model.cfg = cfg = from_main(_settle_steps(model, train_loader, time.perf_counter() - measuring, began))
-    state = TrainState(model, planned_steps(train_loader, cfg), began)
-    progress = state.progress
     image_rank, text_rank = ranks(*embeddings)
-    progress.start, progress.start_logit_scale = recalls_of(image_rank, text_rank), model.logit_scale.item()
+    recalls = recalls_of(image_rank, text_rank)
     run.begin(model)
-    if report.is_pretrained:  # epoch 0: the best one until a better one comes
-        progress.best_rsum = progress.start["rsum"]
-    if report.is_pretrained and run.writes:
-        save_best(run.best, state.measured, 0, progress.start)
+    if report.is_pretrained and run.writes:  # epoch 0: the best one until a better one comes
+        save_best(run.best, model, 0, recalls)
         measured = Measured(valid_loader.dataset.names, embeddings[2], image_rank, text_rank, run.data["valid"])
         save_zero_shot(run.folder / ZERO_SHOT, cfg.model_name, measured)
-        report.picture(state.measured, embeddings[0], 0, is_best=True)
+        report.picture(model, embeddings[0], 0, is_best=True)
+    state = TrainState(model, planned_steps(train_loader, cfg), began)
+    progress = state.progress
+    progress.start, progress.start_logit_scale = recalls, model.logit_scale.item()
+    if report.is_pretrained:
+        progress.best_rsum = recalls["rsum"]
     if cfg.wise_ft:
         save_start(run.folder)
     run.save_last(state)

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_map
 
 from ..models.clip import DualEncoder
+from .distributed import world_size
 from .engine import EpochStats
 from .optimizer import WeightAverage, build_optimizer, build_scheduler
+from .sharded import part_of, shard, to_main
 
 
 @dataclass
@@ -53,10 +57,14 @@ class TrainState:
         cfg = model.cfg
         self.model, self.total_steps, self.progress = model, total_steps, Progress()
         self._began = time.perf_counter() if began is None else began  # less the seconds of earlier processes
+        self.average = WeightAverage(model, cfg.ema) if cfg.ema else None
+        if cfg.fully_shard and world_size() > 1:
+            shard(model)
+            if self.average:
+                shard(self.average.module)
         self.optimizer = build_optimizer(model, cfg)
         self.scheduler = build_scheduler(self.optimizer, cfg, total_steps)
         self.scaler = torch.amp.GradScaler(model.device.type) if cfg.precision == "fp16" else None
-        self.average = WeightAverage(model, cfg.ema) if cfg.ema else None
 
     @property
     def wall_seconds(self) -> float:
@@ -92,19 +100,26 @@ class TrainState:
         return self.progress.end_epoch(metrics, self.model.cfg.stop_at)
 
     def state_dict(self) -> dict[str, object]:
-        """Tensors, numbers, strings, lists and dicts of them: all that an exact resume needs."""
+        """Tensors, numbers, strings, lists and dicts of them: all that an exact resume needs.
+
+        Where towers are divided (`fully_shard`) all processes must ask, and the first one has them whole.
+        """
         random, progress = random_states(self.model.device), dataclasses.asdict(self.progress)
         own = {"progress": progress, "wall_seconds": self.wall_seconds, "random": random}
-        return {name: part.state_dict() for name, part in self._parts().items()} | own
+        return tree_map(to_main, {name: part.state_dict() for name, part in self._parts().items()}) | own
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned. Raises an error of several kinds where it does not fit."""
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            saved = state[name]
+            if isinstance(part, nn.Module):
+                own = part.state_dict()
+                saved = {key: part_of(value, own.get(key)) for key, value in saved.items()}
+            part.load_state_dict(saved)
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():  # saved contiguous; the fused AdamW wants the parameter's own strides
                 if value.shape == parameter.shape:
-                    moments[key] = torch.empty_like(parameter).copy_(value)
+                    moments[key] = torch.empty_like(parameter).copy_(part_of(value, parameter))
         self.progress = Progress(**state["progress"] | {"stats": EpochStats(**state["progress"]["stats"])})
         self._began -= state["wall_seconds"]
         restore_random_states(state["random"], self.model.device)
