@@ -6,6 +6,8 @@
 kills      SIGKILL, SIGINT or SIGTERM at a random moment of training, tuning, drawing, sharding, indexing and exporting:
            the same command, or --resume, goes on and ends with the same bytes
 disks      a tmpfs that fills up at a random write: one line and status 2; with more room it goes on to the same bytes
+accidents  a loader's worker or a process of torchrun killed, two processes in one folder, a run folder that vanishes or
+           becomes read-only, a loss that is NaN, memory that runs out: one line and status 2, and then the same bytes
 captions   captions files of every format with bytes changed, cut, doubled: a table or one UserError
 images     image files of every format, changed in the same ways: pixels, or one UserError
 broken     a run on a data set with the broken and the unusual files that people have: it completes and lists them
@@ -68,8 +70,8 @@ _UNEQUAL |= {"manifest.sqlite", "manifest.sqlite-wal", "manifest.sqlite-shm"}
 class Arguments:
     """Try to break the commands; prints a table of what was tried and survived."""
 
-    only: list[str] = field(default_factory=list)  # kills, disks, captions, images, broken, models, soak; none: all
-    kills: int = 200  # processes to kill, and a quarter as many disks to fill
+    only: list[str] = field(default_factory=list)  # kills, disks, accidents, captions, ...; none: all
+    kills: int = 200  # processes to kill, a quarter as many disks to fill, and a fortieth of each accident
     fuzz: int = 10_000  # captions files, and images
     soak: float = 5.0  # minutes
     seed: int = 0
@@ -77,7 +79,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> Counter:
     """Run the trials; returns how many of each kind ended how. Raises UserError for an unknown kind."""
-    kinds = {kind.__name__: kind for kind in (kills, disks, captions, images, broken, models, soak)}
+    kinds = {kind.__name__: kind for kind in (kills, disks, accidents, captions, images, broken, models, soak)}
     for name in arguments.only:
         if name not in kinds:
             raise UserError(f"--only takes {', '.join(kinds)}, not {name!r}")
@@ -95,7 +97,7 @@ def main(arguments: Arguments) -> Counter:
 # ---- commands in processes of their own
 
 
-def _child(words: list[str], cwd: Path, said: Path) -> None:
+def _child(words: list[str], cwd: Path, said: Path, room: int) -> None:
     import runpy
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
@@ -106,21 +108,24 @@ def _child(words: list[str], cwd: Path, said: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if room:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room,) * 2)
     sys.argv = words
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
-def start(words: list[str], cwd: Path, said: Path):
-    """A command in a process that is forked from one with the libraries."""
+def start(words: list[str], cwd: Path, said: Path, room: int = 0):
+    """A command in a process that is forked from one with the libraries, and may take `room` more bytes of memory."""
     said.unlink(missing_ok=True)
-    process = process_context().Process(target=_child, args=(words, cwd, said))
+    process = process_context().Process(target=_child, args=(words, cwd, said, room))
     process.start()
     return process
 
 
-def finish(words: list[str], cwd: Path, said: Path) -> int:
+def finish(words: list[str], cwd: Path, said: Path, room: int = 0) -> int:
     """Run a command to its end; its exit status."""
-    process = start(words, cwd, said)
+    process = start(words, cwd, said, room)
     process.join(600)
     process.kill()
     process.join()
@@ -251,6 +256,82 @@ def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
                     count(f"a full disk in {name}", f"one line, then {outcome}")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def accidents(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
+    """What befalls a training run from outside, or in its computation."""
+    _materials(work)
+    chance, said, other = random.Random(arguments.seed), work / "said", work / "other said"
+    longer = ["12" if before == "--epochs" else word for before, word in zip(["", *TRAIN], TRAIN, strict=False)]
+    decoding = [*longer, "--no-image-cache", "--num-workers", "2"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", *longer]
+    befallen = {
+        "a worker is killed": (decoding, _kill_a_child, None),
+        "a process of torchrun is killed": (torchrun, _kill_a_child, None),
+        "the folder vanishes": (longer, lambda p, out: out.rename(out.with_name("gone")), _back_again),
+        "the folder becomes read-only": (longer, _read_only, lambda out: subprocess.run(["umount", out], check=True)),
+        "another run in the folder": (longer, lambda p, out: finish(longer, out.parent, other), None),
+    }
+    for name, (words, befall, mend) in befallen.items():
+        expected, _ = _whole(words, work)
+        for _ in range(max(1, arguments.kills // 40)):
+            folder = work / "befallen"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            process = start(words, folder, said)
+            while process.is_alive() and not (folder / "out/config.json").exists():
+                time.sleep(0.02)
+            time.sleep(chance.uniform(0, 0.5))
+            befall(process, folder / "out")
+            process.join(120)
+            if mend:
+                mend(folder / "out")
+            text = (other if befall is befallen["another run in the folder"][1] else said).read_text()
+            how = f"status {process.exitcode}"
+            if "Traceback" in text and words is not torchrun:
+                how = f"a TRACEBACK ({text.strip().splitlines()[-1][:300]})"
+            status = 0 if process.exitcode == 0 else go_on(words, folder, said)
+            count(name, f"{how}, then {_outcome(status, folder, expected, said)}")
+    _not_finite_and_too_large(work, count)
+
+
+def _kill_a_child(process, out: Path) -> None:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children[-1:]:
+        os.kill(int(child), signal.SIGKILL)
+
+
+def _read_only(process, out: Path) -> None:
+    for options in (["--bind", out], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *options, out], check=True)
+
+
+def _back_again(out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    out.with_name("gone").rename(out)
+
+
+def _not_finite_and_too_large(work: Path, count: Callable[[str, str], None]) -> None:
+    """A learning rate that makes the loss NaN, and images for which 1 GB is too little."""
+    said = work / "said"
+    for name, settings, room, wanted in (
+        ("a loss that is NaN", ["--head-lr", "1e30", "--grad-clip", "0"], 0, "is nan at batch"),
+        ("memory that runs out", ["--batch-size", "96", "--size", "448"], 2**30, "--micro-batch-size"),
+    ):
+        shutil.rmtree(work / "failed", ignore_errors=True)
+        (work / "failed").mkdir()
+        status, text = finish([*TRAIN, *settings], work / "failed", said, room), said.read_text()
+        is_line = status == 2 and wanted in text and "Traceback" not in text
+        count(name, "status 2 and one line" if is_line else f"STATUS {status}: {text[-300:]}")
+        if is_line and room:
+            size = text.partition("--micro-batch-size ")[2].split()[0]
+            shutil.rmtree(work / "failed/out", ignore_errors=True)
+            again = [*TRAIN, *settings, "--micro-batch-size", size, "--epochs", "1"]
+            status = finish(again, work / "failed", said, room)
+            count(
+                f"{name}: the size that is named",
+                "fits" if status == 0 else f"STATUS {status}: {said.read_text()[-300:]}",
+            )
 
 
 # ---- damaged files

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 
 USER_ERROR, INTERRUPTED = 2, 130
 # What a disk or a file system may say at any time: it is full, read-only, gone, or not the user's
-_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENODEV, getattr(errno, "EDQUOT", 0)}
-_DISK |= {getattr(errno, "ESTALE", 0), errno.EMFILE, errno.ENFILE}
+_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENODEV, errno.ENOENT}
+_DISK |= {getattr(errno, "EDQUOT", 0), getattr(errno, "ESTALE", 0), errno.EMFILE, errno.ENFILE}
+_NO_MEMORY = ("out of memory", "allocate memory", "could not create a primitive", "could not create a memory object")
 
 
 class UserError(Exception):
@@ -28,8 +29,8 @@ def first_line(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of Python or of torch, whose errors are RuntimeErrors, says that memory ran out."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+    """Whether an error of Python, or a RuntimeError of torch or oneDNN, says that memory ran out."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def run_command(command: Callable[[], object]) -> None:
@@ -54,7 +55,11 @@ def run_command(command: Callable[[], object]) -> None:
         print(f"error: {where}{error.strerror}. What was saved before is whole", file=sys.stderr)
         sys.exit(USER_ERROR)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if "DataLoader worker" in str(error):
+            said = "a process that decodes images was killed, perhaps for lack of memory: lower --num-workers"
+        elif is_out_of_memory(error):
+            said = "out of memory: free some memory, or use --device cpu"
+        else:
             raise
-        print("error: out of memory: free some memory, or use --device cpu", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(USER_ERROR)

@@ -494,6 +494,12 @@ def test_too_large_a_batch_is_one_line(cfg, monkeypatch, plain):
         main(cfg)
 
 
+def test_a_rate_that_is_far_too_high_is_one_line(cfg, plain):
+    """The temperature is 1 / 0 before the loss is NaN."""
+    with pytest.raises(UserError, match="the loss is nan at batch"):
+        main(dataclasses.replace(cfg, head_lr=1e30, grad_clip=0.0))
+
+
 def test_the_class_will_do(cfg, plain, monkeypatch):
     class Mine(CFG):
         epochs = 1

@@ -64,7 +64,7 @@ class Report:
 
     def step(self, state: TrainState, steps: EpochStats) -> None:
         """Move the bar: mean loss of the epoch, pairs (captions seen with their image) per second, temperature."""
-        stats, temperature = state.progress.stats, 1 / state.model.logit_scale.item()
+        stats, temperature = state.progress.stats, 1 / max(state.model.logit_scale.item(), 1e-9)
         self.bar.set_postfix_str(
             f"loss {stats.loss:.3f}, {stats.pairs_per_second:.0f} pairs/s, temperature {temperature:.4f}", refresh=False
         )
