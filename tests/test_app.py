@@ -1,5 +1,6 @@
 """The search page: what it serves and refuses, and, in a real Chromium, that it works without the network."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -21,7 +22,8 @@ from clip_scratch.errors import UserError
 from clip_scratch.models.saved import best_folder
 from clip_scratch.retrieval.indexing import update_index
 
-pytest.importorskip("gradio")
+# Not importorskip: every worker collects this file, and importing gradio takes seconds
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="there is no gradio")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

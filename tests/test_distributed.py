@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from distributed_worker import CASES, DIVIDED, start, ten_steps
-from processes import together, torchrun
+from processes import Command, together, torchrun
 
 from clip_scratch import load
 from clip_scratch.cli import parse
@@ -101,11 +98,10 @@ def test_runs_of_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_what_several_processes_cannot_do(tmp_path):
-    """By the command `torchrun` itself."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    """By the command `torchrun` itself, whose two processes start from nothing."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "clip_scratch.train", *SCENES, "--batch-size", "15"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    done = Command(command, tmp_path, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}).wait()
     assert done.returncode != 0
     assert done.stderr.count("batch_size (15) is not a multiple of the 2 processes") == 1
     assert "clip_scratch/train.py" not in done.stderr  # no traceback

@@ -19,7 +19,9 @@ spec = importlib.util.spec_from_file_location("run_notebooks", NOTEBOOKS / "run.
 run_notebooks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run_notebooks)
 source_hash = run_notebooks.source_hash
-SMALL = 'RUN = ""\nN_SCENES, EPOCHS = 100, 1'  # in place of the cell that is tagged "settings"
+# In place of the cell that is tagged "settings"
+SMALL = 'RUN = ""\nN_SCENES, EPOCHS = 100, 1\n'
+SMALL += "from clip_scratch.presets import Scenes\nScenes.size, Scenes.minutes = 32, 0\ndel Scenes"
 KERNEL = "clip-scratch-tests"
 SMALL_CLIP = 'MODEL = "models/clip"\nCAPTIONS = IMAGES = ""\nN_SCENES, EPOCHS = 100, 1'
 

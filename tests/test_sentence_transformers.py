@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from sentence_transformers import SentenceTransformer
 
 from clip_scratch.errors import UserError
 from clip_scratch.export import export
@@ -38,6 +37,8 @@ def own_embeddings(run, paths):
 
 
 def encoded(folder, paths):
+    from sentence_transformers import SentenceTransformer  # not above: every worker collects this file
+
     model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     images = [Image.open(path) for path in paths]
     return torch.from_numpy(model.encode(images)), torch.from_numpy(model.encode(CAPTIONS))
