@@ -5,12 +5,12 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import Command
 from safetensors.torch import load_file, save_file
 
 from clip_scratch import encode_text, load
@@ -418,13 +418,14 @@ def test_own_encoders_are_trained_saved_and_loaded_in_another_process(own, own_c
     run = main(dataclasses.replace(own_cfg, run_dir=str(own / "run"), epochs=1, image_freeze="first:1"))
     model = load(run)
     assert model.cfg.size == 16 and json.loads((run / "best/text_config.json").read_text()) is None
-    code = (
-        "import sys, torch; from clip_scratch import load, encode_text; model = load(sys.argv[1]);"
-        "pixels = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16);"
-        "print(torch.cat([model.encode_image(pixels), encode_text(model, ['a red box'])]).tolist())"
+    (own / "embed.py").write_text(
+        "import sys, torch; sys.path.insert(0, ''); from clip_scratch import load, encode_text\n"
+        "model, pixels = load(sys.argv[1]), torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16)\n"
+        "print(torch.cat([model.encode_image(pixels), encode_text(model, ['a red box'])]).tolist())\n"
     )
-    command = [sys.executable, "-c", code, str(run)]
-    there = json.loads(subprocess.run(command, cwd=own, capture_output=True, text=True, check=True).stdout)
+    done = Command(["embed.py", run], own).wait()
+    assert done.returncode == 0, done.stderr
+    there = json.loads(done.stdout)
     pixels = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(1, 3, 16, 16)
     here = torch.cat([model.encode_image(pixels), encode_text(model, ["a red box"])])
     torch.testing.assert_close(torch.tensor(there), here, atol=1e-6, rtol=0)

@@ -131,15 +131,35 @@ def test_the_folder_is_an_ordinary_one(linear_run, tmp_path):
     assert not folder.with_name(".folder.tmp").exists()
     export(run, tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    code = (
-        "import sys, transformers as t; m, p, k = (getattr(t, a).from_pretrained(sys.argv[1]) for a in "
-        "('AutoModel', 'AutoImageProcessor', 'AutoTokenizer')); print('clip_scratch' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(folder)]
-    out = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    assert out.stdout.split() == ["False"], out.stderr
+
+
+FRESH = """
+import sys
+import transformers
+from PIL import Image
+
+for kind in ("AutoModel", "AutoImageProcessor", "AutoTokenizer"):
+    getattr(transformers, kind).from_pretrained("transformers")
+print("clip_scratch" in sys.modules, "sentence_transformers" in sys.modules)
+
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("sentence-transformers", device="cpu")
+print(model.encode(["a red square", "blue"]).shape, model.encode([Image.open(sys.argv[1])]).shape)
+print("clip_scratch" in sys.modules)
+"""
+
+
+def test_the_folders_need_neither_clip_scratch_nor_trusted_code(linear_run, tiny_data, tmp_path):
+    """Of both formats, in a fresh interpreter."""
+    run = linear_run(text_pooling="mean")
+    for kind in ("transformers", "sentence-transformers"):
+        export(run, tmp_path / kind, format=kind)
+        assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in (tmp_path / kind).rglob("*.json"))
+    command = [sys.executable, "-c", FRESH, str(tiny_data.image_path / "00.png")]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    out = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
+    assert out.stdout.splitlines() == ["False False", "(2, 32) (1, 32)", "False"], out.stderr
 
 
 def test_what_the_exported_model_learns_reaches_both_pooling_and_tower(linear_run, tmp_path):

@@ -28,12 +28,16 @@ from clip_scratch.presets import HFClip
 from clip_scratch.retrieval.embed import encode_image, encode_text
 
 pytest.importorskip("onnxruntime")
+TEXT = ("text.onnx", "tokenizer.json")
 CAPTIONS = ["red", "one blue square , number 7", "There is a green square in the left half of this picture " * 3]
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory, tiny_data, _trained_tokenizer, hf_clip):
-    """A function: "resnet", "vit" or a name of `hf_clip` -> (model, folder); each takes the exporter seconds, once."""
+    """A function: "resnet", "vit" or a name of `hf_clip` -> (model, folder); each takes the exporter seconds, once.
+
+    "vit" has the text tower of "resnet".
+    """
     root, made = tmp_path_factory.mktemp("onnx"), {}
     where = {"captions_path": tiny_data.captions_path, "image_path": tiny_data.image_path, "device": "cpu"}
     tiny = {"text_encoder_model": "bert-tiny", "pretrained": False, "projection_dim": 32, "max_length": 24, "size": 32}
@@ -50,7 +54,12 @@ def written(tmp_path_factory, tiny_data, _trained_tokenizer, hf_clip):
             else:
                 model = HFCLIPModel(HFClip(model_name=hf_clip(kind), **where)).eval()
             (root / kind).mkdir()
-            write_onnx_folder(model, root / kind)
+            with pytest.MonkeyPatch.context() as patch:
+                if kind == "vit":
+                    resnet, folder = make("resnet")
+                    model.text_encoder, model.text_projection = resnet.text_encoder, resnet.text_projection
+                    patch.setattr(home, "write_text_tower", lambda _, to: [shutil.copy(folder / f, to) for f in TEXT])
+                write_onnx_folder(model, root / kind)
             made[kind] = model, root / kind
         return made[kind]
 

@@ -348,8 +348,10 @@ def test_each_tower_has_its_own_precision(hf_cfg, tiny_data, bf16, kind):
     assert (texts * exact(batch)[1]).sum(1).min() > 0.99
 
 
-def test_clip_s_published_architecture_needs_no_hub(hf_clip):
+def test_clip_s_published_architecture_needs_no_hub(hf_clip, monkeypatch):
     """ViT-B/32 as published: 151,277,313 parameters, 224 pixels, cropped."""
+    for name in ("kaiming_uniform_", "uniform_", "normal_", "trunc_normal_"):  # drawing so many takes seconds
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
     model = HFCLIPModel(HFClip(pretrained=False, text_tokenizer=hf_clip()))
     assert sum(p.numel() for p in model.parameters()) == 151_277_313
     assert (model.cfg.size, model.cfg.resize, model.cfg.interpolation) == (224, "crop", "bicubic")

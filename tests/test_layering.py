@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import Command
 
 import clip_scratch
 
@@ -128,10 +129,14 @@ def test_the_model_brings_no_library_of_the_data_files():
     assert not {"pandas", "matplotlib", "sklearn", "datasets"} & loaded_by("import clip_scratch.training.losses")
 
 
-def test_functions_named_like_verbs_stay_functions():
+def test_functions_named_like_verbs_stay_functions(tmp_path):
     """Importing the verb `clip_scratch.classify` would put the module in the place of the public function."""
     code = "import clip_scratch; from clip_scratch.classify import main; import clip_scratch.compare"
-    loaded_by(f"{code}; from clip_scratch import classify, compare; assert classify.__module__.endswith('zero_shot')")
+    code += "; from clip_scratch import classify, compare; assert classify.__module__.endswith('zero_shot')"
+    forget = "import sys\nfor name in [name for name in sys.modules if name.startswith('clip_scratch')]:\n"
+    (tmp_path / "verbs.py").write_text(f"{forget}    del sys.modules[name]\n{code}; print(type(compare))")
+    done = Command(["verbs.py"], tmp_path).wait()
+    assert done.stdout == "<class 'function'>\n", done.stderr
 
 
 def test_public_names_are_typed():

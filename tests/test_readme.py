@@ -38,6 +38,8 @@ WRITTEN = {
     "docs/train.md": ["runs/own/best/model.safetensors"],
 }
 
+NETWORKS: dict[tuple[str, float], bytes] = {}  # ONNX files by their output and the sum of their weights
+
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """(language, content) of the fenced blocks, in their order."""
@@ -103,15 +105,15 @@ def newcomer(tmp_path, monkeypatch, hf_clip):
     config = DistilBertConfig(dim=64, hidden_dim=64, n_layers=1, n_heads=2, vocab_size=len(tokenizer))
     AutoModel.from_config(config).save_pretrained(tmp_path / "models/distilbert")
     tokenizer.save_pretrained(tmp_path / "models/distilbert")
-    networks, export = {}, onnx._export
+    export = onnx._export
 
     def exported_once(tower, example, inputs, output, sizes, path):
-        """docs/export.md exports one run twice, which takes seconds: the second time it is a copy."""
+        """Several pages export runs of equal weights, which takes seconds: each but the first time it is a copy."""
         key = output, sum(p.sum().item() for p in tower.parameters())
-        if key not in networks:
+        if key not in NETWORKS:
             export(tower, example, inputs, output, sizes, path)
-            networks[key] = path.read_bytes()
-        path.write_bytes(networks[key])
+            NETWORKS[key] = path.read_bytes()
+        path.write_bytes(NETWORKS[key])
 
     monkeypatch.setattr(onnx, "_export", exported_once)
     for preset in [CFG, *PRESETS.values()]:
@@ -123,16 +125,19 @@ def newcomer(tmp_path, monkeypatch, hf_clip):
     monkeypatch.setattr(HFClip, "model_name", "models/clip")
     monkeypatch.syspath_prepend(tmp_path)
     torch.manual_seed(0)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("my_encoders", None)  # which docs/train.md writes
 
 
 def make_runs(text: str) -> None:
-    """The runs that a text takes for granted, as README's commands leave them."""
+    """The runs that a text takes for granted, as README's commands leave them; README's own is of real encoders."""
     clip = {"captions_path": "my.csv", "image_path": "my_images", "run_dir": "runs/tuned"}
+    small = {"model_name": "test_resnet", "text_encoder_model": "bert-tiny", "text_tokenizer": "train"}
+    small |= {"pretrained": False, "image_weights": "", "image_freeze": "none"}
     for name, make in {
         "runs/demo": lambda: Scenes(run_dir="runs/demo"),
         "runs/own": lambda: Scenes(run_dir="runs/own"),
-        "runs/compact": lambda: PRESETS["compact"](run_dir="runs/compact"),
+        "runs/compact": lambda: PRESETS["compact"](run_dir="runs/compact", **small),
         "runs/tuned": lambda: HFClip(**clip),
     }.items():
         if name in text and f"--run-dir {name}" not in text:
