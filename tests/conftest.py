@@ -48,11 +48,29 @@ def pytest_xdist_auto_num_workers():
     return min(cores, 8)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = _longest_first(items, config.workerinput["workercount"])
     if not FLICKR8K.is_dir():
         for item in items:
             if "real_data" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=f"there is no {FLICKR8K}"))
+
+
+def _longest_first(items, workers):
+    """Each worker's share of the tests, as `--dist worksteal` deals them, begins with slow ones, by whole files.
+
+    A slow test that began last would run alone.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    files, order = list(dict.fromkeys(item.path for item in slow)), []
+    for worker in range(workers):
+        mine = [item for item in slow if item.path in files[worker::workers]]
+        room = (len(items) - len(order)) // (workers - worker) - len(mine)
+        order += mine + others[: max(0, room)]
+        del others[: max(0, room)]
+    return order + others
 
 
 @pytest.fixture(scope="session", autouse=True)
