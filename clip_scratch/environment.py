@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 
 RECORD = "environment.json"  # in a run folder
 _PACKAGES = (
-    "torch", "torchvision", "timm", "transformers", "tokenizers", "albumentations", "opencv-python-headless", "numpy",
-    "pandas", "pillow", "open_clip_torch",
+    "clip_scratch", "torch", "torchvision", "timm", "transformers", "tokenizers", "albumentations",
+    "opencv-python-headless", "numpy", "pandas", "pillow", "open_clip_torch",
 )  # fmt: skip
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "neon", "asimd", "bf16")
 
@@ -36,15 +37,17 @@ def environment() -> dict[str, object]:
         "gpu": gpu,
         "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())).strip(),
         "python": sys.version.split()[0],
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": versions(),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def versions() -> dict[str, str]:
+    """The versions of the packages that a run's figures depend on, where they are installed."""
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def processor() -> tuple[str, list[str]]:

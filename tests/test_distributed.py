@@ -11,13 +11,15 @@ import torch
 from distributed_worker import CASES, DIVIDED, start, ten_steps
 from processes import Command, together, torchrun
 
-from clip_scratch import load
+from clip_scratch import CFG, load
 from clip_scratch.cli import parse
 from clip_scratch.data.images import load_image
 from clip_scratch.data.shards import write_shards
+from clip_scratch.errors import UserError
 from clip_scratch.retrieval.index import Index
 from clip_scratch.retrieval.indexing import update_index
 from clip_scratch.train import main
+from clip_scratch.training import distributed
 
 ROOT = Path(__file__).parents[1]
 SCENES = [
@@ -59,6 +61,7 @@ import os, signal, sys
 import clip_scratch.training.engine as engine
 from clip_scratch.cli import parse
 from clip_scratch.train import main
+from clip_scratch.training import distributed
 from clip_scratch.training.distributed import rank
 
 step, steps = engine._step, []
@@ -143,3 +146,17 @@ def test_all_processes_embed_into_one_index(scene_run, tmp_path):
     assert dict(two) == pytest.approx(dict(one), abs=1e-3)
     assert [score for _, score in shards] == pytest.approx([score for _, score in one], abs=1e-3)
     assert (load_image(shards.folder / shards[0][0]) == load_image(images / one[0][0])).all()
+
+
+def test_processes_of_different_versions_or_settings(monkeypatch):
+    theirs = {"torch": "2.6.0", "batch_size": 8}
+    monkeypatch.setattr(distributed, "from_main", lambda ours: ours | theirs)
+    with pytest.raises(
+        UserError, match=r"different settings or versions \(batch_size, torch\): start all with the same"
+    ):
+        distributed._check(CFG(batch_size=16))
+    monkeypatch.setattr(distributed, "from_main", lambda ours: ours)
+    distributed._check(CFG())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="fully_shard needs GPUs"):
+        distributed._check(CFG(fully_shard=True))

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import CFG
+from ..environment import versions
 from ..errors import USER_ERROR, UserError
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 may decode a data set meanwhile
@@ -79,13 +80,14 @@ def process_group(cfg: CFG | None = None) -> Iterator[CFG | None]:
 
 
 def _check(cfg: CFG) -> None:
-    """Raise UserError for settings that differ between the processes, or that several cannot have."""
-    settings = dataclasses.asdict(cfg)
+    """Raise UserError for settings or versions that differ between the processes, or that several cannot have."""
+    settings = dataclasses.asdict(cfg) | versions()
     theirs = from_main(settings)
-    different = [name for name in settings if settings[name] != theirs[name]]
+    different = [name for name in settings | theirs if settings.get(name) != theirs.get(name)]
     if any_process(bool(different)):
         names = ", ".join(different) or "another process's"
-        raise UserError(f"the processes have different settings ({names}): start all with the same command")
+        same = "start all with the same command, and with the same packages"
+        raise UserError(f"the processes have different settings or versions ({names}): {same}")
     if cfg.batch_size % world_size():
         raise UserError(f"batch_size ({cfg.batch_size}) is not a multiple of the {world_size()} processes: change it")
     if cfg.fully_shard and not torch.cuda.is_available():
