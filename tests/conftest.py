@@ -1,6 +1,7 @@
 """What all tests share: no network, no cache outside the test's own folders, and a tiny data set."""
 
 import csv
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from PIL import Image
+
+gc.disable()  # until all tests are collected: libraries make a million objects, none of which is garbage
 
 ROOT = Path(__file__).resolve().parents[1]
 FLICKR8K = ROOT.parent / "shared" / "flickr8k"
@@ -55,6 +58,11 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "real_data" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=f"there is no {FLICKR8K}"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays: no collection looks at it again
+    gc.enable()
 
 
 def _longest_first(items, workers):
