@@ -575,3 +575,15 @@ def test_a_loop_that_stops_early_leaves_no_thread():
     assert next(batches) == {"number": 0}
     batches.close()
     assert threading.active_count() == before
+
+
+def test_parameters_without_gradients_on_several_processes(setup, monkeypatch):
+    """What DistributedDataParallel says of them, as a mistake that the user can fix."""
+
+    def waits(*_):
+        raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one. ...")
+
+    monkeypatch.setattr("clip_scratch.training.engine.backward", waits)
+    model, loader, *_ = setup()
+    with pytest.raises(UserError, match="trained parameters take no part in the loss"):
+        train_epoch(model, loader, build_optimizer(model, model.cfg), model.cfg)

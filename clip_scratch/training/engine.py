@@ -138,6 +138,11 @@ def _backward(model: nn.Module, batch: Batch, *args) -> tuple[torch.Tensor, torc
     try:
         return backward(model, batch, *args)
     except (RuntimeError, MemoryError) as error:
+        if "Expected to have finished reduction" in str(error):  # by DistributedDataParallel
+            says = (
+                "trained parameters take no part in the loss, and processes would wait for their gradients: freeze them"
+            )
+            raise UserError(f"{says} (TORCH_DISTRIBUTED_DEBUG=INFO names them)") from error
         if not is_out_of_memory(error):
             raise
     # Only outside of the handler are the activations of the failed step gone

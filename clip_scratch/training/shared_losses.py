@@ -6,6 +6,7 @@ the loss of one process, and their gradients to its gradients.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -30,7 +31,7 @@ def loss_share(
     ids = [i if i is None else gather(i) for i in ids]
     image_spans, text_spans = _spans(ids[0]), _spans(ids[1])
     ids = [i if i is None else torch.cat(i) for i in ids]
-    if getattr(loss, "func", loss) is sigmoid_loss:
+    if isinstance(loss, partial) and loss.func is sigmoid_loss:  # with a bias to learn
         where = Positives(*ids), image_spans[rank()], text_spans
         total = _RingSigmoid.apply(logit_scale * images, texts, loss.keywords["logit_bias"], *where)
         return total / len(ids[0])
