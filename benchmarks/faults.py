@@ -86,11 +86,14 @@ def main(arguments: Arguments) -> Counter:
     tally: Counter = Counter()
     with tempfile.TemporaryDirectory(prefix="clip-scratch-faults-") as work:
         for name in arguments.only or kinds:
-            kinds[name](arguments, Path(work), lambda what, outcome: tally.update([(what, outcome)]))
-    width = max(len(what) for what, _ in tally)
-    print(f"\n{'tried':<{width}} {'times':>7}  outcome")
-    for (what, outcome), times in sorted(tally.items()):
-        print(f"{what:<{width}} {times:>7,}  {outcome}")
+            found: Counter = Counter()
+            try:
+                kinds[name](arguments, Path(work), lambda what, outcome, found=found: found.update([(what, outcome)]))
+            finally:
+                print(f"\n{name:<60} {'times':>7}  outcome")
+                for (what, outcome), times in sorted(found.items()):
+                    print(f"{what:<60} {times:>7,}  {outcome}", flush=True)
+            tally += found
     return tally
 
 
@@ -302,8 +305,12 @@ def _kill_a_child(process, out: Path) -> None:
 
 
 def _read_only(process, out: Path) -> None:
-    for options in (["--bind", out], ["-o", "remount,bind,ro"]):
-        subprocess.run(["mount", *options, out], check=True)
+    subprocess.run(["mount", "--bind", out, out], check=True)
+    # Busy while a file is open for writing
+    while (
+        subprocess.run(["mount", "-o", "remount,bind,ro", out], capture_output=True).returncode and process.is_alive()
+    ):
+        time.sleep(0.005)
 
 
 def _back_again(out: Path) -> None:
