@@ -1,6 +1,6 @@
 """Get and check a data set, and manage the caches.
 
-python -m clip_scratch.prepare scenes --n 10000 --out data/scenes
+python -m clip_scratch.prepare scenes --n 10000
 python -m clip_scratch.prepare flickr8k
 python -m clip_scratch.prepare flickr30k --archive flickr30k-images.tar.gz
 python -m clip_scratch.prepare shards --captions-path captions.csv --out shards
@@ -32,20 +32,28 @@ CACHES = {  # in the cache folder
 }  # fmt: skip
 
 
-def scenes(n: int = 10_000, out: str = "data/scenes", seed: int = 42) -> None:
+def scenes(n: int = 6000, out: str = "", seed: int = 42) -> None:
     """Draw the built-in data set of coloured shapes.
 
     Args:
         n: images to draw; each has five captions.
-        out: folder to make.
+        out: folder to make, which must be new; by default data/scenes-N-SEED, where training looks for it.
         seed: another seed gives other scenes.
     """
-    from .data.scenes.write import write_scenes
+    from .data.scenes.write import scenes_folder, write_scenes
 
-    rate = write_scenes(out, n, seed)
-    print(f"{n:,} images and {5 * n:,} captions in {out} ({rate:,.0f} pairs per second)")
-    command = f"python -m clip_scratch.train --captions-path {Path(out) / 'captions.txt'}"
-    print(f"Train on it:  {command} --horizontal-flip 0")  # left and right matter in the captions
+    folder = Path(out) if out else scenes_folder(n, seed)
+    is_there = not out and folder.exists()
+    rate = write_scenes(folder, n, seed, exist_ok=not out)
+    how = "drawn before" if is_there else f"{rate:,.0f} pairs per second"
+    print(f"{n:,} images and {5 * n:,} captions in {folder} ({how})")
+    _say_how_to_train("scenes", {"captions_path": out} if out else {"n_scenes": n, "seed": seed})
+
+
+def _say_how_to_train(name: str, settings: dict[str, object]) -> None:
+    changed = {key: value for key, value in settings.items() if value != getattr(PRESETS[name], key)}
+    words = [f" --{key.replace('_', '-')} {value}" for key, value in changed.items()]
+    print(f"Train on it:  python -m clip_scratch.train {name}{''.join(words)}")
 
 
 def data_set(name: str) -> Callable:
@@ -62,8 +70,7 @@ def data_set(name: str) -> Callable:
         check(str(folder))
         if archives := archives_in(folder):
             print(f"No longer needed:  {' '.join(map(str, archives))}")
-        is_preset = getattr(PRESETS.get(name), "captions_path", "") == out
-        print(f"Train on it:  python -m clip_scratch.train {name if is_preset else f'--captions-path {out}'}")
+        _say_how_to_train(name, {"captions_path": out})
 
     command.__doc__ = f"""Get {name}: {what}, or takes archives that you have, and checks it.
 

@@ -48,6 +48,12 @@ class Flickr30k(Flickr8k):
     captions_path = "data/flickr30k"
 
 
+class Coco(Flickr8k):
+    """flickr8k on COCO, needs a network, not measured yet: `python -m clip_scratch.train coco`."""
+
+    captions_path = "data/coco"
+
+
 class Compact(CFG):
     """EfficientNet-lite0 + MiniLM, both from PyPI, no hub: `python -m clip_scratch.train compact`.
 
@@ -142,13 +148,9 @@ class Flickr30kClip(HFClip):
 
 
 class Food(HFClip):
-    """A pretrained CLIP on pictures of food: `python -m clip_scratch.train food`.
+    """A pretrained CLIP on Food-101, needs a network, not measured yet: `python -m clip_scratch.train food`."""
 
-    Needs pip install '.[datasets]'. A GPU is advised. Data set and weights need a network; no measured recall yet.
-    """
-
-    captions_path = "zmao/food_img_caption_small"
-    captions_format = "huggingface"
+    captions_path = "data/food"
     crop_scale = 0.6
     hue_jitter = 0.05
     epochs = 20
@@ -160,8 +162,7 @@ class Food(HFClip):
 class IndoFashion(HFClip):
     """A pretrained CLIP on product photos with titles and classes: `python -m clip_scratch.train indo_fashion`.
 
-    Put train_data.json, val_data.json, test_data.json and their images in data/indo_fashion. A GPU is advised. The
-    weights need a network, and there is no measured recall yet.
+    A GPU is advised. The weights need a network, and there is no measured recall yet.
     """
 
     captions_path = "data/indo_fashion"
@@ -170,7 +171,7 @@ class IndoFashion(HFClip):
 
 
 PRESETS: dict[str, type[CFG]] = {
-    "scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "compact": Compact, "speedrun": Speedrun,
-    "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip, "flickr30k_clip": Flickr30kClip, "food": Food,
-    "indo_fashion": IndoFashion,
+    "scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "coco": Coco, "compact": Compact,
+    "speedrun": Speedrun, "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip, "flickr30k_clip": Flickr30kClip,
+    "food": Food, "indo_fashion": IndoFashion,
 }  # fmt: skip

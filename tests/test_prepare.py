@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 
 from clip_scratch import prepare
+from clip_scratch.cli import parse
 from clip_scratch.data import download as downloads
 from clip_scratch.data.download import Remote, download
 from clip_scratch.data.image_cache import open_images
+from clip_scratch.data.source import open_data
 from clip_scratch.data.sources import fetch
 from clip_scratch.data.unpack import unpack
 from clip_scratch.errors import UserError
@@ -269,7 +271,7 @@ def test_flickr8k_from_the_archives_to_a_data_set(server, flickr, tmp_path, caps
     said = capsys.readouterr().out
     rows = [line.split()[:3] for line in said.splitlines()]
     assert rows[1:5] == [["train", "4", "20"], ["valid", "1", "5"], ["test", "1", "5"], ["all", "6", "30"]]
-    assert f"python -m clip_scratch.train --captions-path {tmp_path}" in said
+    assert f"python -m clip_scratch.train flickr8k --captions-path {tmp_path}" in said
     assert sorted(path.name for path in (tmp_path / "Images").iterdir()) == NAMES
     assert (tmp_path / "Images" / NAMES[2]).read_bytes() == jpg(2)
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".part", ".tmp")]
@@ -411,9 +413,43 @@ def test_archives_fetched_by_hand(name, kind, tmp_path, capsys, monkeypatch):
     words = [name, "--out", str(out), "--url", NOWHERE, "--archive", *map(str, paths)]
     prepare.main(words)
     said = capsys.readouterr().out
-    assert re.search(r"^all +6 +\d+", said, re.M) and "missing" not in said and f"--captions-path {out}" in said
+    assert re.search(r"^all +6 +\d+", said, re.M) and "missing" not in said
+    assert f"clip_scratch.train {name} --captions-path {out}\n" in said
     monkeypatch.setattr("clip_scratch.data.sources.unpack", None)
     prepare.main(words)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_the_preset_of_that_name_trains_on_it_and_names_prepare_without_it(name, tmp_path, capsys, monkeypatch):
+    """Where there is no folder data, where data/NAME is empty, and where it has captions but no images."""
+    monkeypatch.chdir(tmp_path)
+    for i, members in enumerate(ARCHIVES[name]):
+        Path(f"{i}.zip").write_bytes(archive(members))
+    for folder in (None, f"data/{name}"):
+        if folder:
+            Path(folder).mkdir(parents=True)
+        with pytest.raises(UserError, match=rf"^(no captions file )?data/{name}.* Run: .*clip_scratch.prepare {name}$"):
+            open_data(parse([name]))
+    prepare.main([name, "--url", NOWHERE, "--archive", *map(str, sorted(tmp_path.glob("*.zip")))])
+    assert capsys.readouterr().out.endswith(f"Train on it:  python -m clip_scratch.train {name}\n")
+    source = open_data(parse([name]))
+    folder = source.image_folder
+    assert source.table["image"].nunique() == 6 and Path("data", name) in (folder, folder.parent)
+    for image in source.table["image"].unique():
+        (folder / image).unlink()
+    with pytest.raises(UserError, match=f"none of the 6 images .* Run: .*clip_scratch.prepare {name}$"):
+        open_data(parse([name]))
+
+
+def test_scenes_are_drawn_where_training_looks_for_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for how in (r"[\d,]+ pairs per second", "drawn before"):
+        prepare.main(["scenes", "--n", "30", "--seed", "3"])
+        said = capsys.readouterr().out
+        assert re.match(rf"30 images and 150 captions in data/scenes-30-3 \({how}\)\n", said)
+    words = said.split("clip_scratch.train ")[1].split()
+    monkeypatch.setattr("clip_scratch.data.scenes.write.write_scenes", None)
+    assert words[0] == "scenes" and open_data(parse(words)).table["image"].nunique() == 30
 
 
 @pytest.mark.parametrize("name", ["flickr8k", "food"])

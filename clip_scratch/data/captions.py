@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..errors import UserError
 from .image_files import stamp
-from .locate import SPLIT_OF_NAME, SPLITS, Located, existing_folder, find_images, locate
+from .locate import SPLIT_OF_NAME, SPLITS, Located, existing_folder, find_images, fix_for, locate
 from .readers import read_file, read_text
 from .shards import read_shards
 
@@ -113,7 +113,7 @@ def check_images(
         example = firsts.iloc[0]
         raise UserError(
             f"none of the {len(firsts):,} images of {example['file']} is in {folder.absolute()}, for example "
-            f"{example['image']} (row {example['row']}). Set --image-path to the folder of the images."
+            f"{example['image']} (row {example['row']}). {fix_for(folder, 'Set --image-path to their folder.')}"
         )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
         new = firsts[~firsts["image"].isin(known)]

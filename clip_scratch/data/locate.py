@@ -66,6 +66,14 @@ def locate(cfg: CFG) -> Located:
     return Located(files, cfg.captions_format, columns, None)
 
 
+def fix_for(path: Path, otherwise: str) -> str:
+    """What to do where no data are at `path`: to prepare them, if it is where `prepare` puts a published data set."""
+    from .sources import SOURCES
+
+    is_prepared = path.name in SOURCES and path == Path("data", path.name)
+    return f"Run: python -m clip_scratch.prepare {path.name}" if is_prepared else otherwise
+
+
 def _locate_shards(cfg: CFG) -> Located:
     """Shards hold their images, so that `images` is what they have in common."""
     of_split = {"train": cfg.captions_path, "valid": cfg.valid_captions_path, "test": cfg.test_captions_path}
@@ -125,7 +133,7 @@ def _is_huggingface(path: Path) -> bool:
         return path.suffix == ".parquet"
     # `owner/name`, unless its folder exists
     on_hub = re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.suffix not in {*CAPTIONS_SUFFIXES, ".txt", ".token"}
-    return bool(on_hub) and not path.parent.exists()
+    return bool(on_hub) and not path.parent.exists() and not fix_for(path, "")
 
 
 def _captions_files(path: Path, single: bool = False) -> dict[str, Path]:
@@ -136,7 +144,8 @@ def _captions_files(path: Path, single: bool = False) -> dict[str, Path]:
     if os.path.isfile(path):
         return {"": path}
     if not os.path.isdir(path):
-        raise UserError(f"no captions file {path}.{_near(path)} Set --captions-path.")
+        fix = fix_for(path, f"{_near(path)} Set --captions-path.".lstrip())
+        raise UserError(f"no captions file {path}. {fix}")
     published = (sorted(path.glob(name)) or sorted(path.glob(f"*/{name}")) for name in PUBLISHED)
     found = next(filter(None, published), None)
     found = found or [file for file in _entries(path) if file.suffix.lower() in CAPTIONS_SUFFIXES]
@@ -149,7 +158,8 @@ def _captions_files(path: Path, single: bool = False) -> dict[str, Path]:
         names = ", ".join(str(file.relative_to(path)) for file in found[:5])
         fix = "Set --captions-path to one of them, or keep one per split, with names such as train.csv and val.csv."
         raise UserError(f"{path} has several captions files ({names}). {fix}")
-    raise UserError(f"{path} has no captions file (looked for {', '.join(PUBLISHED)}). Set --captions-path to it.")
+    fix = fix_for(path, "Set --captions-path to it.")
+    raise UserError(f"{path} has no captions file (looked for {', '.join(PUBLISHED)}). {fix}")
 
 
 def _split_in_name(file: Path) -> str | None:

@@ -39,12 +39,17 @@ def write_scenes(folder: str | Path, n: int, seed: int, progress: bool = True, e
     return 5 * n / (time.perf_counter() - start)
 
 
+def scenes_folder(n: int, seed: int) -> Path:
+    """Where training looks for the built-in set of `n` scenes."""
+    return Path("data") / f"scenes-{n}-{seed}"
+
+
 def ensure_scenes(cfg: CFG) -> tuple[Path, Path]:
     """(captions file, image folder) of the built-in set of cfg.n_scenes scenes and cfg.seed, drawn if missing.
 
     It is in data/scenes-N-SEED of the current directory. Raises UserError where that cannot be written.
     """
-    folder = Path("data") / f"scenes-{cfg.n_scenes}-{cfg.seed}"
+    folder = scenes_folder(cfg.n_scenes, cfg.seed)
     if not folder.exists():
         write_scenes(folder, cfg.n_scenes, cfg.seed, exist_ok=True)  # another process may draw it meanwhile
     return folder / "captions.txt", folder / "Images"
