@@ -10,16 +10,18 @@ python -m clip_scratch.prepare cache --older-than 30
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from tyro.conf import Positional
 
+from .config import CFG
 from .data.sources import SOURCES, archives_in, fetch
 from .errors import UserError, run_command, suggest
 from .files import cache_folder, check_target, remove_unfinished, sole_writer, write_atomically, write_json
@@ -32,13 +34,14 @@ CACHES = {  # in the cache folder
 }  # fmt: skip
 
 
-def scenes(n: int = 6000, out: str = "", seed: int = 42) -> None:
+def scenes(n: int = 6000, out: str = "", seed: int = 42, image_cache: bool = True) -> None:
     """Draw the built-in data set of coloured shapes.
 
     Args:
         n: images to draw; each has five captions.
         out: folder to make, which must be new; by default data/scenes-N-SEED, where training looks for it.
         seed: another seed gives other scenes.
+        image_cache: build the image cache that training reads.
     """
     from .data.scenes.write import scenes_folder, write_scenes
 
@@ -47,13 +50,38 @@ def scenes(n: int = 6000, out: str = "", seed: int = 42) -> None:
     rate = write_scenes(folder, n, seed, exist_ok=not out)
     how = "drawn before" if is_there else f"{rate:,.0f} pairs per second"
     print(f"{n:,} images and {5 * n:,} captions in {folder} ({how})")
-    _say_how_to_train("scenes", {"captions_path": out} if out else {"n_scenes": n, "seed": seed})
+    _make_ready("scenes", {"captions_path": out} if out else {"n_scenes": n, "seed": seed}, image_cache)
 
 
-def _say_how_to_train(name: str, settings: dict[str, object]) -> None:
+def _make_ready(name: str, settings: dict[str, object], image_cache: bool, decoded: Collection[str] = ()) -> None:
+    """Build the image caches of the preset `name` with these settings, and say how to train with it."""
+    if image_cache:
+        try:
+            _build_image_caches(PRESETS[name](**settings), decoded)
+        except UserError as error:  # the data set is there all the same
+            print(f"No image cache, as training would stop: {error}")
     changed = {key: value for key, value in settings.items() if value != getattr(PRESETS[name], key)}
     words = [f" --{key.replace('_', '-')} {value}" for key, value in changed.items()]
     print(f"Train on it:  python -m clip_scratch.train {name}{''.join(words)}")
+
+
+def _build_image_caches(cfg: CFG, decoded: Collection[str]) -> None:
+    """Build the caches that a run of these settings would; the images in `decoded` are known to be good."""
+    from .data.image_cache import ImageCache, open_images
+    from .data.source import open_data
+
+    if cfg.backend == "hf_clip":
+        from .models.hf_clip import image_geometry
+
+        cfg = dataclasses.replace(cfg, **image_geometry(cfg)[0])
+    source, began = open_data(cfg, decoded), time.perf_counter()
+    names = {split: source.split(split)["image"].unique() for split in ("train", "valid")}
+    caches = [open_images(of, source.image_folder, cfg, split == "train") for split, of in names.items()]
+    if all(isinstance(cache, ImageCache) for cache in caches):  # else open_images has said why not
+        n, size = sum(len(cache.ratios) for cache in caches), sum(cache.pixels.nbytes for cache in caches)
+        is_new = any(cache.is_new for cache in caches)
+        how = f"built in {time.perf_counter() - began:.1f} s" if is_new else "built before"
+        print(f"Image cache:  {n:,} training and validation images, {size / 1e6:,.0f} MB, {how}")
 
 
 def data_set(name: str) -> Callable:
@@ -61,16 +89,21 @@ def data_set(name: str) -> Callable:
     source = SOURCES[name]
     what = "downloads it" if source.files and not source.by_hand else "says what to get by hand"
 
-    def command(out: str = f"data/{name}", archive: tuple[str, ...] = (), url: str = "") -> None:
+    def command(
+        out: str = f"data/{name}", archive: tuple[str, ...] = (), url: str = "", image_cache: bool = True
+    ) -> None:
+        from .data.doctor import examine
+
         folder = Path(out)
         try:
             fetch(name, folder, tuple(map(Path, archive)), url)
         except OSError as error:
             raise UserError(f"cannot prepare {folder}: {error}") from error
-        check(str(folder))
+        report = examine(folder)
+        print(report.text())
         if archives := archives_in(folder):
             print(f"No longer needed:  {' '.join(map(str, archives))}")
-        _say_how_to_train(name, {"captions_path": out})
+        _make_ready(name, {"captions_path": out}, image_cache, report.images.index)
 
     command.__doc__ = f"""Get {name}: {what}, or takes archives that you have, and checks it.
 
@@ -78,6 +111,7 @@ def data_set(name: str) -> Callable:
         out: folder to make.
         archive: archives that were fetched by hand, in place of downloads.
         url: a mirror, where the files have their published names.
+        image_cache: build the image cache that training reads.
     """
     return command
 
@@ -138,7 +172,6 @@ def shards(out: str, captions_path: str = "", image_path: str = "", shard_size: 
         image_path: folder of the images; by default it is found beside the captions file.
         shard_size: images in a shard.
     """
-    from .config import CFG
     from .data.captions import fingerprint_of
     from .data.shards import write_shards
     from .data.source import open_data
@@ -169,8 +202,6 @@ def cache(remove: tuple[str, ...] = (), older_than: float = math.inf, cache_path
         older_than: remove caches that have not been used for this number of days; 0: all.
         cache_path: folder of the caches; by default clip_scratch in the user's cache folder.
     """
-    from .config import CFG
-
     try:
         folder = cache_folder(CFG(cache_path=cache_path))
         found = ((path, kind) for pattern, kind in CACHES.items() for path in sorted(folder.glob(pattern)))

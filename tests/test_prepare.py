@@ -24,11 +24,14 @@ from clip_scratch import prepare
 from clip_scratch.cli import parse
 from clip_scratch.data import download as downloads
 from clip_scratch.data.download import Remote, download
-from clip_scratch.data.image_cache import open_images
+from clip_scratch.data.image_cache import ImageCache, open_images
+from clip_scratch.data.loaders import build_loaders
 from clip_scratch.data.source import open_data
 from clip_scratch.data.sources import fetch
 from clip_scratch.data.unpack import unpack
 from clip_scratch.errors import UserError
+from clip_scratch.models.hf_clip import image_geometry
+from clip_scratch.presets import PRESETS
 
 ROOT = str(Path(prepare.__file__).parents[1])
 NAMES = [f"{i}_abc.jpg" for i in range(6)]
@@ -291,7 +294,9 @@ def test_zips_placed_by_hand_need_no_network(flickr, tmp_path):
 def test_an_image_that_a_split_lists_and_no_archive_holds(server, flickr, tmp_path, capsys, any_digest):
     server.files = flickr | {"Flickr8k_Dataset.zip": archive({f"x/{name}": jpg(1) for name in NAMES[1:]})}
     prepare.data_set("flickr8k")(out=str(tmp_path), url=server.url)
-    assert re.search(rf"that are missing: 1\..*\n  {NAMES[0]} \(Flickr8k.token", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(rf"that are missing: 1\..*\n  {NAMES[0]} \(Flickr8k.token", said)
+    assert "\nNo image cache, as training would stop: 1 of 6 images in " in said
 
 
 RULES = {r"(?:.*/)?([^/]+\.jpg)": r"Images/\1"}
@@ -450,6 +455,41 @@ def test_scenes_are_drawn_where_training_looks_for_them(tmp_path, capsys, monkey
     words = said.split("clip_scratch.train ")[1].split()
     monkeypatch.setattr("clip_scratch.data.scenes.write.write_scenes", None)
     assert words[0] == "scenes" and open_data(parse(words)).table["image"].nunique() == 30
+
+
+@pytest.mark.parametrize("name", ["flickr8k", "food", "scenes"])
+def test_training_finds_its_image_cache_ready(name, tmp_path, capsys, monkeypatch, hf_clip, tiny_tokenizer):
+    """Also of a pretrained CLIP, whose image processor sets the size; a second call builds nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(PRESETS["food"], "model_name", str(hf_clip()))
+    monkeypatch.setattr(
+        "clip_scratch.data.source.check_images", lambda table, *_, known, **__: seen.append(known) or table
+    )
+    seen, words = [], [name, "--n", "30"]
+    if name != "scenes":
+        for i, members in enumerate(ARCHIVES[name]):
+            Path(f"{i}.zip").write_bytes(archive(members))
+        words = [name, "--url", NOWHERE, "--archive", *map(str, sorted(tmp_path.glob("*.zip")))]
+    prepare.main([*words, "--no-image-cache"])
+    assert "Image cache" not in capsys.readouterr().out and not Path("cache").exists()
+
+    prepare.main(words)
+    said = capsys.readouterr().out
+    n, mb = map(int, re.search(r"^Image cache:  (\d+) .* images, (\d+) MB, built in \d+\.\d s$", said, re.M).groups())
+    assert n == {"flickr8k": 5, "food": 4, "scenes": 27}[name] and mb == round(
+        n * {"flickr8k": 224, "food": 32}.get(name, 64) ** 2 * 3 / 1e6
+    )
+    assert len(seen[0]) == (0 if name == "scenes" else 6)  # the doctor has decoded them
+    monkeypatch.setattr("clip_scratch.data.image_cache._build", None)
+    prepare.main(words)
+    assert "MB, built before\n" in capsys.readouterr().out
+
+    source = open_data(parse(said.split("clip_scratch.train ")[1].split()))
+    cfg = image_geometry(source.cfg)[0] if name == "food" else {}
+    for split in ("train", "valid"):
+        loader = build_loaders(source.split(split), tiny_tokenizer, split, dataclasses.replace(source.cfg, **cfg))
+        assert isinstance(loader.dataset.images, ImageCache)
 
 
 @pytest.mark.parametrize("name", ["flickr8k", "food"])

@@ -51,12 +51,12 @@ class ImageFiles:
 
 
 class ImageCache:
-    """The same from a complete cache: `.pixels` (N, M, M, 3) is the memory map, `.ratios` (N,)."""
+    """The same from a complete cache: `.pixels` (N, M, M, 3) is the memory map, `.ratios` (N,), `.is_new`."""
 
-    def __init__(self, folder: Path, n: int, side: int):
+    def __init__(self, folder: Path, n: int, side: int, is_new: bool = False):
         self.pixels = np.asarray(np.memmap(folder / "pixels", np.uint8, "r", shape=(n, side, side, 3)))
         self.ratios = np.fromfile(folder / "ratios", np.float32)
-        self.side = side
+        self.side, self.is_new = side, is_new  # is_new: it was built, or completed, just now
 
     def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
         """The squares (M, M, 3) of B images, not copied, and their ratios (B,) of width to height."""
@@ -76,10 +76,10 @@ def open_images(names: Sequence[str], folder: Path, cfg: CFG, train: bool) -> Im
     record = {"folder": os.path.abspath(folder), "side": files.side, "names": list(names), "stamps": stamps}
     try:
         cache = cache_folder(cfg) / f"images-{_key(record, cfg, train)}"
-        if not rows_done(cache, len(files), files.side).all():
+        if is_new := not rows_done(cache, len(files), files.side).all():
             with sole_writer(cache):
                 _build(cache, files, record)
-        return ImageCache(cache, len(files), files.side)
+        return ImageCache(cache, len(files), files.side, is_new)
     except OSError as error:
         fix = "images are decoded in every step. Set --cache-path to a folder with room."
         print(f"no image cache ({error}): {fix}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The opened data set of a run: its caption table, where its images are, and which of them can be used."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +31,16 @@ class DataSource:
         return split_of(self.table, name, self.cfg.captions_path)
 
 
-def open_data(cfg: CFG) -> DataSource:
+def open_data(cfg: CFG, known: Collection[str] = ()) -> DataSource:
     """Read the captions of `cfg`, find the image folder and check that every image can be decoded.
 
-    Bad images raise UserError, or are left out where cfg.on_bad_image is "skip".
+    Those in `known` were decoded before. Bad ones raise UserError, or are left out where cfg.on_bad_image is "skip".
     """
     cfg = cfg() if isinstance(cfg, type) else cfg
     located = locate(cfg)
     table = read_table(located, cfg)
     folder = located.images or (existing_folder(cfg.image_path) if cfg.image_path else find_images(located, table))
-    known = decoded_before(folder, cfg) if cfg.image_cache else set()
+    known = {*known, *(decoded_before(folder, cfg) if cfg.image_cache else ())}
     if "decodes" in table:  # shards are checked when they are read first
         known |= set(table["image"][table.pop("decodes")])
     table = check_images(table, folder, cfg.on_bad_image, known=known)

@@ -51,7 +51,7 @@ class HFCLIPModel(DualEncoder):
             raise UserError(f"model_name {cfg.model_name!r} is a {config.model_type} model, without CLIP's two towers")
         own, mean, std = {}, [0.5] * 3, [0.5] * 3
         if not hf_config:
-            own, mean, std = _image_geometry(cfg)
+            own, mean, std = image_geometry(cfg)
             if cfg.size not in (0, own["size"]):
                 raise UserError(f"size {cfg.size}: {cfg.model_name} takes {own['size']} pixels a side: use --size 0")
             for name in _FROM_SCRATCH:
@@ -163,7 +163,7 @@ def _load(auto_class, cfg: CFG, what: str, **options: object):
     return load_pretrained(auto_class, cfg.model_name, "model_name", what, _REMEDY, **options)
 
 
-def _image_geometry(cfg: CFG) -> tuple[dict[str, object], list[float], list[float]]:
+def image_geometry(cfg: CFG) -> tuple[dict[str, object], list[float], list[float]]:
     """The settings size, resize and interpolation of the model's image processor, and its mean and std.
 
     SigLIP 2 for images of any shape (NaFlex) keeps their aspect ratio; here they are stretched to a square.
