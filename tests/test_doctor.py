@@ -201,6 +201,49 @@ def test_a_file_that_is_not_utf8_is_read_and_cleaned(data, tmp_path):
     assert "the café" in read_captions(CFG(captions_path=tmp_path / "out.csv"))["caption"].tolist()
 
 
+def with_rows_that_cannot_be_read(data, form):
+    """Write `data` as CSV or JSON Lines with five such rows, the first of JSON at the top; their numbers."""
+    columns = ["image", "caption", "split"]
+    if form == "table":
+        data.examine()
+        lines = data.path.read_text().splitlines()
+        for row in (3, 5, 7, 9, 11):
+            lines.insert(row - 1, "00.jpg,a dog, red,train,extra")
+        data.path.write_text("\n".join(lines))
+        return data.path, [3, 5, 7, 9, 11]
+    lines = [json.dumps(dict(zip(columns, row, strict=True))) for row in data.rows]
+    for row, line in ((1, '{"image": "00.jpg'), (4, "[1]"), (6, '"x"'), (8, '{"image": }'), (9, "{" + "[" * 100_000)):
+        lines.insert(row - 1, line)
+    path = data.path.with_suffix(".jsonl")
+    path.write_text("\n".join(lines))
+    return path, [1, 4, 6, 8, 9]
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_rows_that_cannot_be_read_are_listed_and_left_out(data, form, tmp_path, capsys):
+    data.add("gone.jpg", "one")
+    path, numbers = with_rows_that_cannot_be_read(data, form)
+    with pytest.raises(UserError, match=rf"^{path}, row {numbers[0]}: .*prepare check {path} lists all such rows.$"):
+        read_captions(CFG(captions_path=path))
+    report = examine(path, data.images, progress=False)
+    assert {name: len(rows) for name, rows in report.findings.items()} == {"malformed": 5, "missing": 1}
+    assert lines_of(report, "malformed") == numbers and len(report.table) == 21
+    said = report.text()
+    assert "Rows that cannot be read: 5. Training refuses the file at the first." in said
+    assert f"\n  ({path.name}, row {numbers[0]}): " in said and f"and 2 more: rows {numbers[3]}, {numbers[4]}" in said
+    assert "columns where the header has 3" in said if form == "table" else "not valid JSON" in said
+    assert 'id="malformed"' in report.html()
+    prepare.main(["check", str(path), str(data.images), "--fix", str(tmp_path / "out.csv")])
+    assert "left out 5 rows that cannot be read\n" in capsys.readouterr().out
+    assert len(read_captions(CFG(captions_path=tmp_path / "out.csv"))) == 20
+
+
+def test_a_file_of_rows_that_cannot_be_read_is_one_clear_line(data):
+    data.path.write_text("caption,image\n" + "a dog,b.jpg,c,d\n" * 3)
+    with pytest.raises(UserError, match="row 2: 4 columns where the header has 2"):
+        examine(data.path, data.images, progress=False)
+
+
 def faulty(data):
     data.add("gone.jpg", "one")
     data.add("cut.jpg", "two", content=jpeg(photo(3))[:900])

@@ -23,6 +23,7 @@ from .captions import assign_splits, plain_words, read_rows
 from .duplicates import duplicate_pairs, signature
 from .images import fault_of, images_below, load_image, open_image
 from .locate import SPLIT_OF_NAME, SPLITS, existing_folder, find_images, locate
+from .readers import read_text
 from .tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ FINDINGS = {  # what is counted, and what training does about it
                   "leaves out files without the extension of an image."),
     "unused": ("Images in the folder without a caption", "Training does not read them."),
     "not_utf8": ("Rows that are not UTF-8, read here as Windows-1252", "Training stops at the first."),
+    "malformed": ("Rows that cannot be read", "Training refuses the file at the first. --fix leaves them out."),
     "encoding": ("Captions with wrongly decoded characters", "Training learns these characters as they are."),
     "empty": ("Rows without an image or a caption", "Training leaves them out and prints their number."),
     "repeated": ("Repeated captions of an image", "Training uses exact repetitions once. One that differs in upper and "
@@ -104,10 +106,12 @@ class Report:
         for _, title, effect, rows in self.in_order():
             lines.append(f"\n{title}: {len(rows):,}. {effect}")
             for row in rows.head(examples).itertuples():
-                where = f"{row.image} ({row.file}, row {row.row})" if row.file else row.image
+                where = f"{row.image} ({row.file}, row {row.row})".strip() if row.file else row.image
                 names = " and ".join(filter(None, [where, row.other]))
                 lines.append("  " + ": ".join(filter(None, [names, row.detail, shorten(row.caption, 120)])))
-            lines += [f"  and {len(rows) - examples:,} more"] if len(rows) > examples else []
+            more = rows["row"][examples:] if rows["file"].all() else []
+            which = f": rows {shorten(', '.join(map(str, more)), 160)}" if len(more) else ""
+            lines += [f"  and {len(rows) - examples:,} more{which}"] if len(rows) > examples else []
         return "\n".join(lines if self.findings else [*lines, "\nNothing is wrong with it."])
 
     def html(self, whole: bool = True) -> str:
@@ -122,8 +126,9 @@ class Report:
     def write_cleaned(self, path: str | Path) -> str:
         """Write a new captions file without certain faults, and say what was left out.
 
-        Left out are bad images, empty rows, unknown splits, repeated captions of an image and, of images in or nearly
-        equal across several splits, the training ones; wrongly decoded captions are repaired where that is certain.
+        Left out are rows that cannot be read, bad images, empty rows, unknown splits, repeated captions of an image
+        and, of images in or nearly equal across several splits, the training ones; wrongly decoded captions are
+        repaired where that is certain.
         Raises UserError where the file exists or nothing remains.
         """
         if os.path.lexists(path):
@@ -139,7 +144,8 @@ class Report:
         leaked |= set(copies["other"][copies["image"].isin(leaked)])
         repeats = table.assign(words=plain_words(table["caption"])).duplicated(["image", "words", "split"])
         left_out = {
-            "without an image or a caption": len(found["empty"]), "in an unknown split": len(found["unknown_split"])
+            "that cannot be read": len(found["malformed"]), "without an image or a caption": len(found["empty"]),
+            "in an unknown split": len(found["unknown_split"]),
         }  # fmt: skip
         for reason, out in {
             "of images that cannot be read": table["image"].isin(bad),
@@ -169,10 +175,8 @@ def examine(
     """
     cfg = CFG(captions_path=captions, image_path=images, **{"on_bad_image": "skip"} | settings)
     located = locate(cfg)
-    try:
-        parts, is_utf8 = read_rows(located, cfg), True
-    except UserError:
-        parts, is_utf8 = read_rows(located, cfg, lenient=True), False
+    parts = read_rows(located, cfg, lenient=True)
+    read = list(zip(located.files.values(), parts, strict=True))
     rows = pd.concat(parts, ignore_index=True).drop(columns="decodes", errors="ignore")
     no_image = rows["image"] == ""
     empty = (rows["caption"] == "") | no_image
@@ -180,12 +184,15 @@ def examine(
         raise UserError(f"{located.first}: all {len(rows):,} rows have no image or no caption.")
     report = Report(cfg.captions_path or "the built-in scenes", Path(), [], rows[~empty], pd.DataFrame())
     report.add("empty", rows[empty], no_image.map({True: "no image", False: "no caption"}))
-    if not is_utf8:
+    faults = [(Path(file).name, *fault) for file, part in read for fault in part.attrs.get("faults", ())]
+    malformed = pd.DataFrame(faults, columns=["file", "row", "detail"])
+    report.add("malformed", malformed, malformed["detail"])
+    if not all(map(_is_utf8, located.files.values())):
         report.add("not_utf8", rows[(rows["image"] + rows["caption"]).map(_undone).isna()])
     _examine_splits(report, Path(located.first), cfg)
     folder = located.images or (existing_folder(cfg.image_path) if cfg.image_path else None)
     report.folder = folder or find_images(located, report.table)
-    for file, part in zip(located.files.values(), parts, strict=True):
+    for file, part in read:
         split = f" (all {part['split'].iloc[0]})" if len(parts) > 1 else ""
         columns = ", ".join(f"{what} = {name}" for what, name in part.attrs.get("columns", {}).items() if name)
         report.understood.append(f"captions: {file}{split}, read as {part.attrs.get('form', 'shards')}: {columns}")
@@ -201,6 +208,14 @@ def repaired(text: str) -> str | None:
     # Signs of English and Western Europe; of others two in a row, as one could be an accented letter and closing quotes
     sure = r"[\x80-\xff\u2000-\u2bff\U00010000-\U0010ffff]|[\u0100-\u07ff]{2}|[\u0800-\uffff]{2}"
     return (repaired(undone) or undone) if undone and re.search(sure, undone) else None
+
+
+def _is_utf8(file: Path | str) -> bool:
+    """Whether training could decode a captions file, as it can those of shards."""
+    try:
+        return isinstance(file, str) or bool(read_text(file))
+    except UserError:
+        return False
 
 
 def _undone(text: str) -> str | None:

@@ -45,7 +45,7 @@ DELIMITERS = "\t,;|"
 # Of a field in a file without a header, or inside quotes that are not closed
 IMAGE_FILE = r"[^\t,;|\"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif)"
 
-Records = list[tuple[int, dict]]  # (row, fields)
+Records = list[tuple[int, dict | str]]  # (row, fields), or for a row that cannot be read (row, what is wrong)
 
 
 class Columns(NamedTuple):
@@ -61,7 +61,8 @@ def read_file(path: Path, form: str, columns: Columns, lenient: bool = False) ->
 
     `form` is a captions_format other than "huggingface"; "auto" recognises it from how the file begins. Raises
     UserError for a file that is missing, empty, malformed or without the columns. `attrs` of the table says what was
-    recognised; `lenient` is that of `read_text`.
+    recognised. Where `lenient`, which is also that of `read_text`, rows that cannot be read are left out:
+    `attrs["faults"]` has (row, what is wrong) of each.
     """
     text = read_text(path, lenient)
     if form == "auto":
@@ -69,10 +70,15 @@ def read_file(path: Path, form: str, columns: Columns, lenient: bool = False) ->
         by_line = (name for name, (start, *_) in LINE_FORMATS.items() if re.match(start, line))
         form = "json" if line[0] in "{[" else next(by_line, "table")
     if form in LINE_FORMATS:
-        table = _tabulate(_line_records(text, path, form), path, Columns())  # the settings name no column of these
+        records, columns = _line_records(text, form), Columns()  # the settings name no column of these
     else:
-        table = _tabulate(_table(text, path, columns) if form == "table" else _json(text, path), path, columns)
-    table.attrs["form"] = form
+        records = _table(text, columns, path) if form == "table" else _json(text, path)
+    faults = [(row, fault) for row, fault in records if isinstance(fault, str)]
+    if faults and (not lenient or len(faults) == len(records)):
+        lists = f"python -m clip_scratch.prepare check {path} lists all such rows."
+        raise UserError(f"{path}, row {faults[0][0]}: {faults[0][1]} {lists}")
+    table = _tabulate([record for record in records if not isinstance(record[1], str)], path, columns)
+    table.attrs |= {"form": form, "faults": faults}
     return table
 
 
@@ -103,19 +109,19 @@ def read_text(path: Path, lenient: bool = False) -> str:
 # ---- the formats: text -> records
 
 
-def _line_records(text: str, path: Path, form: str) -> Records:
+def _line_records(text: str, form: str) -> Records:
     _, header, pattern, example = LINE_FORMATS[form]
     records = []
     for row, line in list(_lines(text))[header:]:
         match = re.match(pattern, line)
         if not match:
-            raise UserError(f"{path}, row {row}: not of the form `{example}`.")
-        if match[1] != FLICKR8K_UNPUBLISHED:
+            records.append((row, f"not of the form `{example}`."))
+        elif match[1] != FLICKR8K_UNPUBLISHED:
             records.append((row, {"image": match[1], "caption": match[2]}))
     return records
 
 
-def _table(text: str, path: Path, columns: Columns) -> Records:
+def _table(text: str, columns: Columns, path: Path) -> Records:
     """A CSV or TSV file with a header, or without one where the first line is an image and its caption.
 
     Without a header a column of numbers may stand between the two, as in `a.jpg,0,a dog runs`.
@@ -136,12 +142,9 @@ def _table(text: str, path: Path, columns: Columns) -> Records:
         if len(fields) > len(header) and caption_is_last:
             # An unquoted caption with commas: the rest of the line belongs to it
             fields = [*fields[:last], delimiter.join(fields[last:])]
-        if len(fields) > len(header):
-            raise UserError(
-                f"{path}, row {row}: {len(fields)} columns where the header has {len(header)}. "
-                f'Put captions that contain "{delimiter}" in double quotes.'
-            )
-        records.append((row, dict(zip(header, fields, strict=False))))
+        fix = f'Put captions that contain "{delimiter}" in double quotes.'
+        fault = f"{len(fields)} columns where the header has {len(header)}. {fix}" if len(fields) > len(header) else ""
+        records.append((row, fault or dict(zip(header, fields, strict=False))))
     return records
 
 
@@ -187,34 +190,49 @@ def _is_row(line: str, delimiter: str) -> bool:
 def _json(text: str, path: Path) -> Records:
     """JSON Lines, a list of records, or an object with such a list, as Karpathy & Fei-Fei's (2015) dataset_*.json."""
     lines = list(_lines(text))
-    try:
-        by_line = len(lines) > 1 and isinstance(json.loads(lines[0][1]), dict)
-    except (ValueError, RecursionError):
-        by_line = False
-    if by_line:
-        records = [(row, _parse(line, path, row)) for row, line in lines]
+    # A first line that begins with a brace may be broken: then the second, a whole record, shows JSON Lines
+    is_whole = (isinstance(_record(line), dict) for _, line in lines[:2])
+    if len(lines) > 1 and text.lstrip()[0] == "{" and any(is_whole):
+        records = [(row, _record(line)) for row, line in lines]
     else:
-        content = _parse(text, path, 1)
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: {_json_fault(error)}") from error
         if isinstance(content, dict):  # without a list it is the only line of a JSON Lines file
             lists = [part for part in content.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
             content = max(lists, key=len, default=[content])
-        records = list(enumerate(content if isinstance(content, list) else [content], 1))
-    for row, fields in records:
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}, row {row}: expected a record with named fields, found {json.dumps(fields)[:40]}.")
-        if fields.keys() >= {"filepath", "filename", "sentences"}:  # Karpathy's COCO: the image's folder and its name
+        content = content if isinstance(content, list) else [content]
+        records = [(row, _checked(fields)) for row, fields in enumerate(content, 1)]
+    for _, fields in records:
+        if isinstance(fields, dict) and fields.keys() >= {
+            "filepath",
+            "filename",
+            "sentences",
+        }:  # Karpathy's COCO: the image's folder and its name
             fields["filename"] = str(PurePosixPath(_text(fields["filepath"]), _text(fields["filename"])))
     return records
 
 
-def _parse(text: str, path: Path, row: int) -> object:
-    """The JSON value of a text that begins in line `row`."""
+def _record(line: str) -> dict | str:
+    """A line of JSON Lines, or what is wrong with it."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {row + error.lineno - 1}: not valid JSON ({error.msg}).") from error
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits; lists thousands deep
-        raise UserError(f"{path}, line {row}: cannot be read as JSON ({error}).") from error
+        return _checked(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return _json_fault(error)
+
+
+def _checked(fields: object) -> dict | str:
+    """A record, or what is wrong with it."""
+    if isinstance(fields, dict):
+        return fields
+    return f"expected a record with named fields, found {json.dumps(fields)[:40]}."
+
+
+def _json_fault(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg})."
+    return f"cannot be read as JSON ({error})."  # a number with thousands of digits; lists thousands deep
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
