@@ -103,7 +103,8 @@ def data_set(name: str) -> Callable:
         print(report.text())
         if archives := archives_in(folder):
             print(f"No longer needed:  {' '.join(map(str, archives))}")
-        _make_ready(name, {"captions_path": out}, image_cache, report.images.index)
+        settings = {"captions_path": out, "captions_format": "auto"}  # the preset food is of another set, on the hub
+        _make_ready(name, settings, image_cache, report.images.index)
 
     command.__doc__ = f"""Get {name}: {what}, or takes archives that you have, and checks it.
 

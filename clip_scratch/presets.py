@@ -148,9 +148,13 @@ class Flickr30kClip(HFClip):
 
 
 class Food(HFClip):
-    """A pretrained CLIP on Food-101, needs a network, not measured yet: `python -m clip_scratch.train food`."""
+    """A pretrained CLIP on pictures of food: `python -m clip_scratch.train food`.
 
-    captions_path = "data/food"
+    Needs pip install '.[datasets]'. A GPU is advised. Data set and weights need a network; no measured recall yet.
+    """
+
+    captions_path = "zmao/food_img_caption_small"
+    captions_format = "huggingface"
     crop_scale = 0.6
     hue_jitter = 0.05
     epochs = 20

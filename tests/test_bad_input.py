@@ -306,9 +306,8 @@ def test_no_network_for_a_pretrained_clip(tune_refused, refused, tmp_path):
         line = tune_refused(model=name)
         assert name in line and "cannot be reached" in line and "--model-name to that folder" in line
         assert "(hf download NAME" in line  # huggingface_hub 1.0 has no huggingface-cli any more
-    run = ["--device", "cpu", "--run-dir", str(tmp_path / "runs/clip"), "--captions-path", "nobody/captions"]
-    line = refused(lambda: train.main(parse(["hf_clip", *run])))
-    assert "nobody/captions" in line and "set --captions-path to it" in line
+    line = refused(lambda: train.main(parse(["food", "--device", "cpu", "--run-dir", str(tmp_path / "runs/food")])))
+    assert "zmao/food_img_caption_small" in line and "set --captions-path to it" in line
     assert not (tmp_path / "runs").exists()
     assert time.monotonic() - began < 30
 

@@ -419,12 +419,12 @@ def test_archives_fetched_by_hand(name, kind, tmp_path, capsys, monkeypatch):
     prepare.main(words)
     said = capsys.readouterr().out
     assert re.search(r"^all +6 +\d+", said, re.M) and "missing" not in said
-    assert f"clip_scratch.train {name} --captions-path {out}\n" in said
+    assert f"clip_scratch.train {name} --captions-path {out}" in said
     monkeypatch.setattr("clip_scratch.data.sources.unpack", None)
     prepare.main(words)
 
 
-@pytest.mark.parametrize("name", ARCHIVES)
+@pytest.mark.parametrize("name", [name for name in ARCHIVES if name != "food"])  # whose preset is of another set
 def test_the_preset_of_that_name_trains_on_it_and_names_prepare_without_it(name, tmp_path, capsys, monkeypatch):
     """Where there is no folder data, where data/NAME is empty, and where it has captions but no images."""
     monkeypatch.chdir(tmp_path)

@@ -205,11 +205,8 @@ def _json(text: str, path: Path) -> Records:
         content = content if isinstance(content, list) else [content]
         records = [(row, _checked(fields)) for row, fields in enumerate(content, 1)]
     for _, fields in records:
-        if isinstance(fields, dict) and fields.keys() >= {
-            "filepath",
-            "filename",
-            "sentences",
-        }:  # Karpathy's COCO: the image's folder and its name
+        # Karpathy's COCO: the image's folder and its name
+        if isinstance(fields, dict) and fields.keys() >= {"filepath", "filename", "sentences"}:
             fields["filename"] = str(PurePosixPath(_text(fields["filepath"]), _text(fields["filename"])))
     return records
 
