@@ -43,14 +43,13 @@ def scenes(n: int = 6000, out: str = "", seed: int = 42, image_cache: bool = Tru
         seed: another seed gives other scenes.
         image_cache: build the image cache that training reads.
     """
-    from .data.scenes.write import scenes_folder, write_scenes
+    from .data.scenes.write import ensure_scenes, write_scenes
 
-    folder = Path(out) if out else scenes_folder(n, seed)
-    is_there = not out and folder.exists()
-    rate = write_scenes(folder, n, seed, exist_ok=not out)
-    how = "drawn before" if is_there else f"{rate:,.0f} pairs per second"
-    print(f"{n:,} images and {5 * n:,} captions in {folder} ({how})")
-    _make_ready("scenes", {"captions_path": out} if out else {"n_scenes": n, "seed": seed}, image_cache)
+    settings = {"captions_path": out} if out else {"n_scenes": n, "seed": seed}
+    if out:
+        write_scenes(out, n, seed)
+    print(f"{n:,} images and {5 * n:,} captions in {out or ensure_scenes(CFG(**settings))[0].parent}")
+    _make_ready("scenes", settings, image_cache)
 
 
 def _make_ready(name: str, settings: dict[str, object], image_cache: bool, decoded: Collection[str] = ()) -> None:
@@ -60,8 +59,7 @@ def _make_ready(name: str, settings: dict[str, object], image_cache: bool, decod
             _build_image_caches(PRESETS[name](**settings), decoded)
         except UserError as error:  # the data set is there all the same
             print(f"No image cache, as training would stop: {error}")
-    changed = {key: value for key, value in settings.items() if value != getattr(PRESETS[name], key)}
-    words = [f" --{key.replace('_', '-')} {value}" for key, value in changed.items()]
+    words = [f" --{k.replace('_', '-')} {v}" for k, v in settings.items() if v != getattr(PRESETS[name], k)]
     print(f"Train on it:  python -m clip_scratch.train {name}{''.join(words)}")
 
 
@@ -79,8 +77,7 @@ def _build_image_caches(cfg: CFG, decoded: Collection[str]) -> None:
     caches = [open_images(of, source.image_folder, cfg, split == "train") for split, of in names.items()]
     if all(isinstance(cache, ImageCache) for cache in caches):  # else open_images has said why not
         n, size = sum(len(cache.ratios) for cache in caches), sum(cache.pixels.nbytes for cache in caches)
-        is_new = any(cache.is_new for cache in caches)
-        how = f"built in {time.perf_counter() - began:.1f} s" if is_new else "built before"
+        how = f"built in {time.perf_counter() - began:.1f} s" if any(c.is_new for c in caches) else "built before"
         print(f"Image cache:  {n:,} training and validation images, {size / 1e6:,.0f} MB, {how}")
 
 
@@ -89,9 +86,7 @@ def data_set(name: str) -> Callable:
     source = SOURCES[name]
     what = "downloads it" if source.files and not source.by_hand else "says what to get by hand"
 
-    def command(
-        out: str = f"data/{name}", archive: tuple[str, ...] = (), url: str = "", image_cache: bool = True
-    ) -> None:
+    def command(out: str = f"data/{name}", archive: tuple[str, ...] = (), url: str = "", image_cache: bool = True):
         from .data.doctor import examine
 
         folder = Path(out)

@@ -33,10 +33,7 @@ class Scenes(CFG):
 
 
 class Flickr8k(CFG):
-    """ResNet50 + DistilBERT on Flickr8k: `python -m clip_scratch.train flickr8k`.
-
-    A GPU is advised. The weights need a network, and there is no measured recall yet.
-    """
+    """ResNet50 + DistilBERT, needs a network, not measured yet: `python -m clip_scratch.train flickr8k`."""
 
     captions_path = "data/flickr8k"
     max_length = 64
@@ -164,10 +161,7 @@ class Food(HFClip):
 
 
 class IndoFashion(HFClip):
-    """A pretrained CLIP on product photos with titles and classes: `python -m clip_scratch.train indo_fashion`.
-
-    A GPU is advised. The weights need a network, and there is no measured recall yet.
-    """
+    """hf_clip on product photos, needs a network, not measured yet: `python -m clip_scratch.train indo_fashion`."""
 
     captions_path = "data/indo_fashion"
     image_freeze = "first:6"  # half of the blocks

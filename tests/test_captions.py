@@ -325,7 +325,7 @@ def test_an_image_in_two_split_files_is_refused(tmp_path):
 def test_an_error_in_a_split_file_names_it(tmp_path):
     write(tmp_path / "train.jsonl", '{"image": "a.png", "caption": "x"}\n')
     write(tmp_path / "val.jsonl", '{"image": "b.png", "caption": "x"}\n{"image": \n')
-    refused("val.jsonl, row 2: not valid JSON", captions_path=tmp_path)
+    refused("val.jsonl, row 2: cannot be read as JSON", captions_path=tmp_path)
 
 
 # ---- folders and images
@@ -437,8 +437,8 @@ def test_no_image_at_all_is_the_wrong_folder(tmp_path, on_bad_image):
         (b"image,caption\n", "has a header but no captions"),
         (b"image,captoin\na.jpg,x\n", "no column that is known as the caption. Did you mean captoin? It has: image"),
         (b"caption,image\nA dog , brown,a.jpg\n", "row 2: 3 columns where the header has 2"),
-        (b'[{"image": "a.jpg",\n "caption": }]', "line 2: not valid JSON"),
-        (b'{"image": "a.jpg", "caption": "x"}\n{"image": \n', "row 2: not valid JSON"),
+        (b'[{"image": "a.jpg",\n "caption": }]', "line 2: cannot be read as JSON"),
+        (b'{"image": "a.jpg", "caption": "x"}\n{"image": \n', "row 2: cannot be read as JSON"),
         (b"[" * 100_000, "line 1: cannot be read as JSON"),
         (b'[{"image": "a.jpg", "caption": ' + b"1" * 5000 + b"}]", "line 1: cannot be read as JSON"),
         (b'{"images": [7, {"sentences": []}]}', "no column that is known as the image"),

@@ -231,7 +231,7 @@ def test_rows_that_cannot_be_read_are_listed_and_left_out(data, form, tmp_path, 
     said = report.text()
     assert "Rows that cannot be read: 5. Training refuses the file at the first." in said
     assert f"\n  ({path.name}, row {numbers[0]}): " in said and f"and 2 more: rows {numbers[3]}, {numbers[4]}" in said
-    assert "columns where the header has 3" in said if form == "table" else "not valid JSON" in said
+    assert "columns where the header has 3" in said if form == "table" else "cannot be read as JSON" in said
     assert 'id="malformed"' in report.html()
     prepare.main(["check", str(path), str(data.images), "--fix", str(tmp_path / "out.csv")])
     assert "left out 5 rows that cannot be read\n" in capsys.readouterr().out

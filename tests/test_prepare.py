@@ -448,10 +448,10 @@ def test_the_preset_of_that_name_trains_on_it_and_names_prepare_without_it(name,
 
 def test_scenes_are_drawn_where_training_looks_for_them(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for how in (r"[\d,]+ pairs per second", "drawn before"):
+    for _ in range(2):
         prepare.main(["scenes", "--n", "30", "--seed", "3"])
         said = capsys.readouterr().out
-        assert re.match(rf"30 images and 150 captions in data/scenes-30-3 \({how}\)\n", said)
+        assert said.startswith("30 images and 150 captions in data/scenes-30-3\n")
     words = said.split("clip_scratch.train ")[1].split()
     monkeypatch.setattr("clip_scratch.data.scenes.write.write_scenes", None)
     assert words[0] == "scenes" and open_data(parse(words)).table["image"].nunique() == 30
@@ -595,8 +595,7 @@ def test_archives_of_something_else(tmp_path):
 
 def test_check_reads_the_scenes_that_prepare_draws(tmp_path, capsys):
     prepare.main(["scenes", "--n", "60", "--out", str(tmp_path / "scenes")])
-    said = capsys.readouterr().out
-    assert "60 images and 300 captions" in said and re.search(r"\([\d,]+ pairs per second\)", said)
+    assert "60 images and 300 captions" in capsys.readouterr().out
     prepare.main(["check", str(tmp_path / "scenes" / "captions.txt")])
     rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
     assert rows[1:5] == [["train", "48", "240"], ["valid", "6", "30"], ["test", "6", "30"], ["all", "60", "300"]]

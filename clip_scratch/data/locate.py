@@ -144,8 +144,7 @@ def _captions_files(path: Path, single: bool = False) -> dict[str, Path]:
     if os.path.isfile(path):
         return {"": path}
     if not os.path.isdir(path):
-        fix = fix_for(path, f"{_near(path)} Set --captions-path.".lstrip())
-        raise UserError(f"no captions file {path}. {fix}")
+        raise UserError(f"no captions file {path}. {fix_for(path, f'{_near(path)} Set --captions-path.'.lstrip())}")
     published = (sorted(path.glob(name)) or sorted(path.glob(f"*/{name}")) for name in PUBLISHED)
     found = next(filter(None, published), None)
     found = found or [file for file in _entries(path) if file.suffix.lower() in CAPTIONS_SUFFIXES]

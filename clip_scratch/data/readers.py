@@ -197,13 +197,13 @@ def _json(text: str, path: Path) -> Records:
     else:
         try:
             content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {getattr(error, 'lineno', 1)}: {_json_fault(error)}") from error
+        except (ValueError, RecursionError) as error:  # also a number with thousands of digits; lists thousands deep
+            fault = f"line {getattr(error, 'lineno', 1)}: cannot be read as JSON ({getattr(error, 'msg', error)})."
+            raise UserError(f"{path}, {fault}") from error
         if isinstance(content, dict):  # without a list it is the only line of a JSON Lines file
             lists = [part for part in content.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
             content = max(lists, key=len, default=[content])
-        content = content if isinstance(content, list) else [content]
-        records = [(row, _checked(fields)) for row, fields in enumerate(content, 1)]
+        records = [(i, _checked(item)) for i, item in enumerate(content if isinstance(content, list) else [content], 1)]
     for _, fields in records:
         # Karpathy's COCO: the image's folder and its name
         if isinstance(fields, dict) and fields.keys() >= {"filepath", "filename", "sentences"}:
@@ -216,7 +216,7 @@ def _record(line: str) -> dict | str:
     try:
         return _checked(json.loads(line))
     except (ValueError, RecursionError) as error:
-        return _json_fault(error)
+        return f"cannot be read as JSON ({getattr(error, 'msg', error)})."
 
 
 def _checked(fields: object) -> dict | str:
@@ -224,12 +224,6 @@ def _checked(fields: object) -> dict | str:
     if isinstance(fields, dict):
         return fields
     return f"expected a record with named fields, found {json.dumps(fields)[:40]}."
-
-
-def _json_fault(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON ({error.msg})."
-    return f"cannot be read as JSON ({error})."  # a number with thousands of digits; lists thousands deep
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

@@ -2,7 +2,6 @@
 
 import csv
 import random
-import time
 from pathlib import Path
 
 import cv2
@@ -17,15 +16,15 @@ from .scene import sample_scenes
 SPLIT_LISTS = {"train": "trainImages.txt", "valid": "devImages.txt", "test": "testImages.txt"}
 
 
-def write_scenes(folder: str | Path, n: int, seed: int, progress: bool = True, exist_ok: bool = False) -> float:
-    """Write `n` scenes as an ordinary data set into `folder`; returns the image-caption pairs per second.
+def write_scenes(folder: str | Path, n: int, seed: int, progress: bool = True, exist_ok: bool = False) -> None:
+    """Write `n` scenes as an ordinary data set into `folder`.
 
     The folder then holds Images/000000.png ..., captions.txt (image,caption; five rows per image) and the split lists
     trainImages.txt, devImages.txt and testImages.txt. The folder appears whole or not at all.
 
     Raises UserError if n < 30, if the folder exists and `exist_ok` is False, or where it cannot be written.
     """
-    folder, start = Path(folder), time.perf_counter()
+    folder = Path(folder)
     if n < 30:
         raise UserError(f"the built-in data set needs at least 30 scenes, not {n}")
     try:
@@ -36,12 +35,6 @@ def write_scenes(folder: str | Path, n: int, seed: int, progress: bool = True, e
                 raise UserError(f"{folder} exists already: remove it, or choose another folder")
     except OSError as error:
         raise UserError(f"cannot write the scenes to {folder.absolute()}: {error}. Use another folder.") from error
-    return 5 * n / (time.perf_counter() - start)
-
-
-def scenes_folder(n: int, seed: int) -> Path:
-    """Where training looks for the built-in set of `n` scenes."""
-    return Path("data") / f"scenes-{n}-{seed}"
 
 
 def ensure_scenes(cfg: CFG) -> tuple[Path, Path]:
@@ -49,7 +42,7 @@ def ensure_scenes(cfg: CFG) -> tuple[Path, Path]:
 
     It is in data/scenes-N-SEED of the current directory. Raises UserError where that cannot be written.
     """
-    folder = scenes_folder(cfg.n_scenes, cfg.seed)
+    folder = Path("data") / f"scenes-{cfg.n_scenes}-{cfg.seed}"
     if not folder.exists():
         write_scenes(folder, cfg.n_scenes, cfg.seed, exist_ok=True)  # another process may draw it meanwhile
     return folder / "captions.txt", folder / "Images"
