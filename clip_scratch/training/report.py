@@ -125,7 +125,7 @@ class Report:
         }
         if self.is_pretrained:
             commands["compare it with zero-shot"] = f"python -m clip_scratch.compare {folder}"
-        else:
+        elif not self.cfg.captions_path:  # the built-in scenes
             prepare = "python -m clip_scratch.prepare flickr8k"
             commands["train on Flickr8k"] = f"{prepare} && python -m clip_scratch.train flickr8k"
         print("", *(f"{what + ':':<32}{command}" for what, command in commands.items()), sep="\n")
