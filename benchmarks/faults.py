@@ -220,7 +220,7 @@ def kills(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
             if process.exitcode is None:
                 os.kill(process.pid, kind)
             process.join()
-            if kind == signal.SIGINT and "Traceback" in said.read_text() * said.exists():
+            if kind == signal.SIGINT and said.exists() and "Traceback" in said.read_text():
                 count(f"{kind.name} in {name}", "a TRACEBACK")
             count(f"{kind.name} in {name}", _outcome(go_on(words, folder, said), folder, expected, said))
 
