@@ -65,6 +65,10 @@ def pytest_collection_finish():
     gc.enable()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # else Triton says that it leaks
+
+
 def _longest_first(items, workers):
     """Each worker's share of the tests, as `--dist worksteal` deals them, begins with slow ones, by whole files.
 
