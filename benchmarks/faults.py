@@ -245,7 +245,7 @@ def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
                 folder, said = disk / "job", work / "said"
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
-                room = int(size * chance.uniform(0.05, 1.0)) // 4096 * 4096 + 65536
+                room = int(size * chance.uniform(0.02, 0.7)) // 4096 * 4096 + 65536
                 subprocess.run(["mount", "-o", f"remount,size={room}", str(disk)], check=True)
                 status = finish(words, folder, said)
                 text = said.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,17 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(mmap_threshold, 1 << 30)
             mallopt(trim_threshold, 2**31 - 1)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back, which is kept in pieces: after a failure a smaller step may not fit into any of them."""
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None:
+        trim(0)
 
 
 @contextlib.contextmanager

@@ -63,3 +63,8 @@ def run_command(command: Callable[[], object]) -> None:
             raise
         print(f"error: {said}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except Exception as error:
+        if "(os error 28)" not in str(error):  # of safetensors, which raises no OSError
+            raise
+        print("error: no space left on the disk. What was saved before is whole", file=sys.stderr)
+        sys.exit(USER_ERROR)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..data.loaders import Batch
+from ..device import release_memory
 from ..errors import is_out_of_memory
 from .distributed import Replica, summed
 from .shared_losses import loss_share
@@ -71,6 +72,7 @@ def largest_that_fits(model: nn.Module, batch: Batch) -> int:
     """The largest halving of a batch's images that the device has memory for, forward and backward; 0 where none."""
     size = len(batch["image_ids"])
     while size := size // 2:
+        release_memory(model.device)
         try:
             outputs = [e.sum() for e in model(split(batch, size)[0]) if e.requires_grad]
             torch.autograd.backward(outputs)
@@ -80,8 +82,6 @@ def largest_that_fits(model: nn.Module, batch: Batch) -> int:
                 raise
         finally:
             model.zero_grad(set_to_none=True)
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
     return 0
 
 
