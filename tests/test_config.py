@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError
 import tyro
+from safetensors import SafetensorError
 
 from clip_scratch import CFG, PRESETS
 from clip_scratch.errors import UserError, run_command, suggest
