@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 
 USER_ERROR, INTERRUPTED = 2, 130
 # What a disk or a file system may say at any time: it is full, read-only, gone, or not the user's
-_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENODEV, errno.ENOENT}
-_DISK |= {getattr(errno, "EDQUOT", 0), getattr(errno, "ESTALE", 0), errno.EMFILE, errno.ENFILE}
+_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENODEV, getattr(errno, "EDQUOT", 0)}
+_DISK |= {getattr(errno, "ESTALE", 0), errno.EMFILE, errno.ENFILE}
 _NO_MEMORY = ("out of memory", "allocate memory", "could not create a primitive", "could not create a memory object")
 
 

@@ -26,6 +26,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+os.fsync = lambda descriptor: None  # no test cuts the power, and thousands of calls would wait for the disk
 gc.disable()  # until all tests are collected: libraries make a million objects, none of which is garbage
 
 ROOT = Path(__file__).resolve().parents[1]

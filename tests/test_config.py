@@ -245,7 +245,6 @@ def test_round_trips(cfg):
         (UserError("no file x"), 2, "no file x"),
         (KeyboardInterrupt("resume"), 130, "resume"),
         (OSError(errno.ENOSPC, "No space left on device", "a"), 2, "a: No space left on device"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "out/last"), 2, "out/last: No such file"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "no space left on the disk"),
         (RuntimeError("could not create a primitive"), 2, "out of memory"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2, "lower --num-workers"),

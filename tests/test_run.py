@@ -48,6 +48,20 @@ def test_a_run_that_was_finished_meanwhile_is_not_overwritten(cfg):
         run.begin(model=None)
 
 
+def test_a_folder_that_vanishes_is_one_line(cfg, plain, monkeypatch):
+    moved = Path(f"{cfg.run_dir}-moved")
+
+    def vanishes(run, state, *_):
+        run.folder.rename(moved)
+        run.save_last(state)
+
+    monkeypatch.setattr("clip_scratch.train._train_epoch", vanishes)
+    with pytest.raises(UserError, match=f"^{cfg.run_dir} has vanished: {cfg.run_dir}/last cannot be written"):
+        main(cfg)
+    moved.rename(cfg.run_dir)
+    assert load_tree(Path(cfg.run_dir, "last/training.safetensors"))["progress"]["epoch"] == 0
+
+
 # ---- the data it was started with
 
 

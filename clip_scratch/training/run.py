@@ -86,11 +86,14 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_) -> None:
-        if self.board:
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        has_vanished = self._lock and isinstance(error, FileNotFoundError) and not self.folder.exists()
+        if self.board and not has_vanished:
             self.board.close()
         if self._lock:
             self._lock.release()
+        if has_vanished:
+            raise UserError(f"{self.folder} has vanished: {error.filename} cannot be written") from error
 
     def _fingerprint(self) -> str:
         """Of what a resume trains on."""
