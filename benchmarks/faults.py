@@ -18,6 +18,7 @@ soak       training, indexing and searching in one process for --soak minutes: m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -286,7 +287,7 @@ def accidents(arguments: Arguments, work: Path, count: Callable[[str, str], None
                 time.sleep(0.02)
             time.sleep(chance.uniform(0, 0.5))
             befall(process, folder / "out")
-            process.join(120)
+            process.join(300)
             if mend:
                 mend(folder / "out")
             text = (other if befall is befallen["another run in the folder"][1] else said).read_text()
@@ -299,9 +300,22 @@ def accidents(arguments: Arguments, work: Path, count: Callable[[str, str], None
 
 
 def _kill_a_child(process, out: Path) -> None:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in children[-1:]:
-        os.kill(int(child), signal.SIGKILL)
+    """Kill a process that works for this one: a loader's, which a server forks, or one of torchrun's."""
+    working = []
+    while process.is_alive() and len(working) < 2:  # the server and a worker, which begins in each epoch
+        time.sleep(0.005)
+        working = _below(process.pid)
+    if working:
+        os.kill(max(working), signal.SIGKILL)
+
+
+def _below(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    with contextlib.suppress(OSError):  # it has ended
+        lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+        own = [int(child) for children in lists for child in children]
+        return own + [other for child in own for other in _below(child)]
+    return []
 
 
 def _read_only(process, out: Path) -> None:
