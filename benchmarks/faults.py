@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -448,14 +448,14 @@ def soak(arguments: Arguments, work: Path, count: Callable[[str, str], None]) ->
     _materials(work)
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
     began, rounds, states = time.monotonic(), 0, []
-    before = os.getcwd()
+    cfg, before = parse(TRAIN[1:-2]), os.getcwd()  # once a process, as in a command: tyro keeps what it parsed
     os.chdir(work)
     while time.monotonic() - began < 60 * arguments.soak or rounds < 4:
         folder = work / f"soak{rounds % 2}"
         shutil.rmtree(folder, ignore_errors=True)
         with silent():
-            workers = ["--no-image-cache", "--num-workers", "1"] if rounds % 2 else []
-            run = train(parse([*TRAIN[1:-1], str(folder / "run"), *workers]))
+            workers = {"image_cache": False, "num_workers": 1} if rounds % 2 else {}
+            run = train(replace(cfg, run_dir=str(folder / "run"), **workers))
             update_index(run, work / "data/Images", folder / "index", device="cpu")
             index = Index.open(folder / "index")
             for n in range(200):

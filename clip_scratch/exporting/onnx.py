@@ -23,7 +23,7 @@ from ..data.images import shorter_side
 from ..data.loaders import Batch
 from ..data.tokenizer import tokenize
 from ..errors import UserError, first_line
-from ..files import write_json
+from ..files import write_atomically, write_json
 from ..models.clip import DualEncoder
 
 _OPSET = 20
@@ -130,9 +130,10 @@ def trace_text_tower(model: DualEncoder, folder: Path) -> None:
         with _quiet(), torch.no_grad():
             network = torch.jit.trace(tower, tokens.batch([0, 1]), check_trace=False)
             torch.testing.assert_close(network(*tokens.batch([2])), tower(*tokens.batch([2])), atol=1e-5, rtol=0)
-            network.save(str(folder / "text.pt"))
     except Exception as error:  # of the tracer, and of a network that looks at sizes
         raise UserError(f"the text tower cannot be traced: {first_line(error)}") from error
+    content = network.save_to_buffer()  # its own writer aborts the process on a full disk
+    write_atomically(folder / "text.pt", lambda temporary: temporary.write_bytes(content))
 
 
 def _in_fp32(model: DualEncoder) -> DualEncoder:
