@@ -39,7 +39,7 @@ def main(cfg: CFG | type[CFG]) -> Path:
     from .training.engine import EpochStats
     from .training.report import Report, epoch_line
     from .training.run import Interrupt, Run
-    from .training.sharded import whole_state, whole_towers
+    from .training.sharded import full_state_dict, unsharded
     from .training.wise_ft import average_with_start
 
     with process_group(cfg) as cfg, Run(cfg) as run, training_on(run.cfg, _less_memory(run.cfg)) as device:
@@ -60,20 +60,21 @@ def main(cfg: CFG | type[CFG]) -> Path:
         with Interrupt(run.folder) as interrupt:
             while not state.is_done:
                 stats = _train_epoch(run, state, train_loader, report, interrupt)
-                with whole_towers(measured):
+                with unsharded(measured):
                     same_weights(measured)
                     embeddings = gather_embeddings(embed_batches(measured, valid_loader))
                 metrics = recall_at_k(*embeddings)
                 is_best = state.end_epoch(metrics)
                 line = epoch_line(state, stats, metrics)
-                weights = whole_state(measured) if is_best else {}
-                if is_best and run.writes:
-                    save_best(run.best, measured, progress.epoch, metrics, weights)
+                if is_best:
+                    weights = full_state_dict(measured)
+                    if run.writes:
+                        save_best(run.best, measured, progress.epoch, metrics, weights)
                 run.log_epoch(line)
                 run.save_last(state)
                 own_randomness(run.cfg.seed, progress.step)
                 interrupt.stop_if_asked()
-                with whole_towers(measured):
+                with unsharded(measured):
                     if run.writes:
                         report.picture(measured, embeddings[0], progress.step, is_best)
                 report.epoch(line, state, stats)

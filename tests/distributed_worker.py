@@ -16,22 +16,22 @@ from clip_scratch.retrieval.embed import embed_batches
 from clip_scratch.training import distributed
 from clip_scratch.training.cached_features import cache_features
 from clip_scratch.training.engine import train_epoch
-from clip_scratch.training.sharded import whole_state, whole_towers
+from clip_scratch.training.sharded import full_state_dict, unsharded
 from clip_scratch.training.state import TrainState
 
 CASES = [(loss, micro, "") for loss in ("infonce", "sigmoid") for micro in (0, 2)]
 CASES += [("soft_target", 2, ""), ("infonce", 0, "cached_views")]
-DIVIDED = [("infonce", 0, "fully_shard"), ("sigmoid", 2, "fully_shard")]
+SHARDED = [("infonce", 0, "fully_shard"), ("sigmoid", 2, "fully_shard")]
 
 
 def start(cfg, table, tokenizer, loss, micro, setting):
-    """The loaders of both splits and the state of a run; with "cached_views" frozen towers, with "fully_shard" divided
+    """The loaders of both splits and the state of a run; with "cached_views" frozen towers, with "fully_shard" sharded
     ones, which on a CPU need as many captions in every process."""
-    freeze, is_divided = "backbone" if setting == "cached_views" else "none", setting == "fully_shard"
+    freeze, is_sharded = "backbone" if setting == "cached_views" else "none", setting == "fully_shard"
     cfg = dataclasses.replace(
-        cfg, loss=loss, micro_batch_size=micro, batch_size=8, captions_per_image=2 * is_divided, ema=0.5,
+        cfg, loss=loss, micro_batch_size=micro, batch_size=8, captions_per_image=2 * is_sharded, ema=0.5,
         freeze_batch_norm=True, precision="fp32", cached_views=int(setting == "cached_views"), image_freeze=freeze,
-        text_freeze=freeze, fully_shard=is_divided,
+        text_freeze=freeze, fully_shard=is_sharded,
     )  # fmt: skip
     torch.manual_seed(0)
     model = CLIPModel(cfg, tokenizer).double()
@@ -54,13 +54,13 @@ def ten_steps(loader, valid, state):
             model, loader, state.optimizer, model.cfg, average=state.average,
             on_step=lambda steps: losses.append(steps.loss_sum),
         )  # fmt: skip
-    with whole_towers(model):
+    with unsharded(model):
         embeddings = distributed.gather_embeddings(embed_batches(model, valid))
-    return losses, whole_state(model), embeddings
+    return losses, full_state_dict(model), embeddings
 
 
 def check_resume(inputs, case, state, file):
-    """A checkpoint holds everything whole, and is divided again by who resumes it."""
+    """A checkpoint holds everything whole, and is sharded again by who resumes it."""
     saved = state.state_dict()
     if distributed.is_main():
         torch.save(saved, file)
@@ -74,23 +74,23 @@ def check_resume(inputs, case, state, file):
                 assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs, name
 
 
-def main(folder: Path, *, is_divided: bool) -> None:
+def main(folder: Path, *, is_sharded: bool) -> None:
     """Write losses, weights and embeddings of every case, from the first process."""
     inputs, results = torch.load(folder / "inputs.pt", weights_only=False), []
     with distributed.process_group():
-        for case in DIVIDED if is_divided else CASES:
+        for case in SHARDED if is_sharded else CASES:
             *loaders, state = start(*inputs, *case)
             results.append(ten_steps(*loaders, state))
-            if is_divided:
+            if is_sharded:
                 check_resume(inputs, case, state, folder / "state.pt")
         if distributed.is_main():
             torch.save(results, folder / f"{distributed.world_size()}.pt")
     # A thread of the group that outlives it may abort the process as it ends, at random
-    if is_divided:
+    if is_sharded:
         os._exit(0)  # DTensor's caches keep the group
     threads = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
     assert not [name for name in threads if "gloo" in name], threads
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), is_divided="divided" in sys.argv)
+    main(Path(sys.argv[1]), is_sharded="sharded" in sys.argv)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from distributed_worker import CASES, DIVIDED, start, ten_steps
+from distributed_worker import CASES, SHARDED, start, ten_steps
 from processes import Command, together, torchrun
 
 from clip_scratch import CFG, load
@@ -29,7 +29,7 @@ SCENES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cases", "words", "processes"), [(CASES, [], (2, 4)), (DIVIDED, ["divided"], (2,))])
+@pytest.mark.parametrize(("cases", "words", "processes"), [(CASES, [], (2, 4)), (SHARDED, ["sharded"], (2,))])
 def test_the_same_losses_and_weights_as_one_process(
     cases, words, processes, tiny_cfg, tiny_data, tiny_tokenizer, tmp_path
 ):
@@ -48,7 +48,7 @@ def test_the_same_losses_and_weights_as_one_process(
             for embeddings, wanted in zip(ours[2], theirs[2], strict=True):
                 assert embeddings.shape == wanted.shape, case
                 assert torch.allclose(embeddings.double(), wanted.double(), atol=1e-6), case
-    if cases is DIVIDED:  # one process goes on with what two have saved
+    if cases is SHARDED:  # one process goes on with what two have saved
         *_, state = start(*inputs, *cases[-1])
         state.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=False))
         assert all(

@@ -45,7 +45,7 @@ def save_best(
     folder: Path, model: torch.nn.Module, epoch: int, metrics: dict[str, float],
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Replace the weights of `best/` in one rename, by the model's or by `weights`, where it has only parts of them.
+    """Replace the weights of `best/` in one rename, by the model's or, where these are sharded, by `weights`.
 
     LoRA's updates are merged into the weights, so that loading needs no PEFT; in bf16 the merged model's metrics may
     differ from `metrics` in the last digit shown.

@@ -180,30 +180,30 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def is_divided(tensor: object) -> bool:
-    """Whether it is a DTensor, a tensor of which each process has a part (sharded.py); its class is slow to import."""
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor, of which each process has a shard (sharded.py); the class is slow to import."""
     return hasattr(tensor, "full_tensor")
 
 
-def divided_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose weights are divided among the processes (sharded.py)."""
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose weights are sharded (sharded.py)."""
     return [module for module in model.modules() if hasattr(module, "unshard")]
 
 
 class Replica:
     """The forward pass of a model of which every process has a copy, and whose gradients are summed over them.
 
-    DistributedDataParallel sums those of the towers while the backward pass goes on, or FSDP2 where it divides them;
-    temperature and bias have theirs from the loss, and `finish` sums them.
+    DistributedDataParallel, or FSDP2 for sharded towers, reduces the gradients of the towers during the backward pass.
+    Temperature and bias get theirs before it, from the loss: `finish` reduces them.
     """
 
     def __init__(self, model: nn.Module):
         self.forward = model
         self.is_last = True  # whether the next batch is the last one of a step
-        self._divided = divided_modules(model)
-        rest = model.parameters() if self._divided else (model.log_scale, model.logit_bias)
-        self._rest = [p for p in rest if p is not None and p.requires_grad and not is_divided(p)]
-        if world_size() > 1 and not self._divided:
+        self._sharded = sharded_modules(model)
+        rest = model.parameters() if self._sharded else (model.log_scale, model.logit_bias)
+        self._rest = [p for p in rest if p is not None and p.requires_grad and not is_sharded(p)]
+        if world_size() > 1 and not self._sharded:
             module = nn.Sequential(model)  # parameters of the outermost module itself cannot be left out
             ignored = [name for name, p in module.named_parameters() if any(p is other for other in self._rest)]
             ignored += [name for name, _ in module.named_buffers()]  # batch norm's statistics are each process's own
@@ -214,9 +214,9 @@ class Replica:
     def pass_over(self, is_last: bool) -> contextlib.AbstractContextManager:
         """For a forward and a backward pass over a part of a batch: the last ones of a step sum the gradients."""
         sums = world_size() == 1 or (self.is_last and is_last)
-        for module in self._divided:
+        for module in self._sharded:
             module.set_requires_gradient_sync(sums, recurse=False)
-        return contextlib.nullcontext() if sums or self._divided else self.forward.no_sync()
+        return contextlib.nullcontext() if sums or self._sharded else self.forward.no_sync()
 
     def finish(self) -> None:
         """After the last backward pass of a step."""
@@ -234,7 +234,7 @@ def same_weights(model: nn.Module) -> None:
     """Give every process the first one's weights and buffers, such as batch norm's statistics of its own share."""
     if world_size() > 1:
         for tensor in [*model.parameters(), *model.buffers()]:
-            if not is_divided(tensor):
+            if not is_sharded(tensor):
                 dist.broadcast(tensor.detach(), src=0)
 
 

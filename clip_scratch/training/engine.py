@@ -20,7 +20,7 @@ from ..retrieval.embed import embed_batches
 from .distributed import Replica, summed, world_size
 from .large_batch import backward_in_parts, largest_that_fits
 from .losses import LOSSES
-from .sharded import alike, whole
+from .sharded import by_kind, full
 
 # (image_embeddings (B, P), text_embeddings (C, P), logit_scale, image_ids (B,), caption_image_ids (C,),
 # caption_ids (C,)) -> a scalar
@@ -139,10 +139,10 @@ def _backward(model: nn.Module, batch: Batch, *args) -> tuple[torch.Tensor, torc
         return backward(model, batch, *args)
     except (RuntimeError, MemoryError) as error:
         if "Expected to have finished reduction" in str(error):  # by DistributedDataParallel
-            says = (
-                "trained parameters take no part in the loss, and processes would wait for their gradients: freeze them"
-            )
-            raise UserError(f"{says} (TORCH_DISTRIBUTED_DEBUG=INFO names them)") from error
+            raise UserError(
+                "trained parameters take no part in the loss, and the processes would wait for their gradients: "
+                "freeze them (TORCH_DISTRIBUTED_DEBUG=INFO names them)"
+            ) from error
         if not is_out_of_memory(error):
             raise
     # Only outside of the handler are the activations of the failed step gone
@@ -162,8 +162,8 @@ def _clip_gradients(params, optimizer, scaler, largest: float) -> torch.Tensor:
     """Scale the gradients down to the norm `largest`, unless it is 0, and return their norm before, a scalar."""
     scaler.unscale_(optimizer)
 
-    kinds = alike((p,) for p in params if p.grad is not None)
-    norms = [whole(nn.utils.get_total_norm([p.grad for p in params])) for (params,) in kinds]
+    kinds = by_kind((p,) for p in params if p.grad is not None)
+    norms = [full(nn.utils.get_total_norm([p.grad for p in params])) for (params,) in kinds]
     norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
     # Otherwise a pass over all gradients would multiply them by one; a GPU would have to be asked, and waited for
     if largest and (norm.device.type != "cpu" or norm > largest):

@@ -11,7 +11,7 @@ from ..config import CFG
 from ..errors import UserError
 from ..models.clip import DualEncoder
 from ..models.freezing import places
-from .sharded import alike
+from .sharded import by_kind
 
 
 def build_optimizer(model: DualEncoder, cfg: CFG) -> torch.optim.AdamW:
@@ -80,7 +80,7 @@ class WeightAverage(nn.Module):
         """Move the average towards the weights of `model`; the first update copies them."""
         pairs = zip(self.module.parameters(), model.parameters(), strict=True)
         decay = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates)) if self.n_updates else 0.0
-        for averages, weights in alike(pair for pair in pairs if pair[1].requires_grad):
+        for averages, weights in by_kind(pair for pair in pairs if pair[1].requires_grad):
             torch._foreach_lerp_(averages, weights, 1 - decay)
         for averaged, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
             averaged.copy_(buffer)

@@ -1,7 +1,7 @@
-"""Towers whose weights, gradients and optimizer state are divided among the processes: PyTorch's FSDP2 (ZeRO-3).
+"""Towers whose weights, gradients and optimizer state are sharded over the processes: PyTorch's FSDP2 (ZeRO-3).
 
-A block has its whole weights only while it computes. The heads and the temperature are small, and every process has
-them whole. What is measured, drawn and saved is whole.
+A block has its full weights only while it computes. Heads and temperature are small: every process has them in full.
+The model is unsharded while it is measured and drawn, and checkpoints hold full tensors.
 """
 
 import contextlib
@@ -13,22 +13,22 @@ from torch import nn
 
 from ..models.clip import DualEncoder
 from ..models.freezing import blocks, merged_state
-from .distributed import divided_modules, is_divided, is_main, world_size
+from .distributed import is_main, is_sharded, sharded_modules, world_size
 
 
 def shard(model: DualEncoder) -> None:
-    """Divide each block of the towers, and what is left of each tower, among the processes, in place."""
+    """Shard each block of the towers, and what is left of each tower, over the processes, in place."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     # The heads, which come after a tower, change nothing in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(model.device.type, (world_size(),))
-    whole = {p for head in model.heads.values() for p in head.parameters()}  # SigLIP's heads are parts of its towers
+    in_heads = {p for head in model.heads.values() for p in head.parameters()}  # SigLIP's heads are parts of its towers
     for tower in model.towers.values():
         for module in [*_blocks(tower), tower]:
-            fully_shard(module, mesh=mesh, ignored_params=whole)
-    for module in divided_modules(model):
+            fully_shard(module, mesh=mesh, ignored_params=in_heads)
+    for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
 
 
@@ -45,9 +45,9 @@ def _blocks(tower: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def whole_towers(model: nn.Module) -> Iterator[None]:
-    """Give every process the whole weights meanwhile; each may then use the model as often as it likes."""
-    modules = divided_modules(model)
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Within it every process has the full weights, and may call the model as often as it likes."""
+    modules = sharded_modules(model)
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -57,35 +57,35 @@ def whole_towers(model: nn.Module) -> Iterator[None]:
         module.set_reshard_after_forward(True, recurse=False)
 
 
-def alike(rows: Iterable[tuple[torch.Tensor, ...]]) -> list[tuple[list[torch.Tensor], ...]]:
-    """Rows of tensors as columns: those of divided tensors, and those of others. No operation takes both at once."""
+def by_kind(rows: Iterable[tuple[torch.Tensor, ...]]) -> list[tuple[list[torch.Tensor], ...]]:
+    """Rows of tensors as columns, apart for sharded and for ordinary tensors: no operation takes both at once."""
     kinds: dict[bool, list] = {}
     for row in rows:
-        kinds.setdefault(is_divided(row[0]), []).append(row)
+        kinds.setdefault(is_sharded(row[0]), []).append(row)
     return [tuple(map(list, zip(*kind, strict=True))) for kind in kinds.values()]
 
 
-def whole_state(model: DualEncoder) -> dict[str, torch.Tensor]:
-    """`merged_state` in the first process, whatever is divided; all processes must ask."""
-    return {name: to_main(tensor) for name, tensor in merged_state(model).items()}
+def full_state_dict(model: DualEncoder) -> dict[str, torch.Tensor]:
+    """`merged_state` with full tensors, in the first process; a collective call where the model is sharded."""
+    return {name: full_on_main(tensor) for name, tensor in merged_state(model).items()}
 
 
-def to_main(value: object) -> object:
-    """A divided tensor as a whole, on the CPU of the first process; all must ask. Other objects as they are."""
-    if not is_divided(value):
+def full_on_main(value: object) -> object:
+    """A sharded tensor in full, on the CPU of the first process; a collective call. Other objects as they are."""
+    if not is_sharded(value):
         return value
     tensor = value.full_tensor()
     return tensor.cpu() if is_main() else tensor.new_empty(0)  # no other needs the memory
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A divided tensor as a whole, in every process; all must ask."""
-    return tensor.full_tensor() if is_divided(tensor) else tensor
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor in full, in every process; a collective call. Other tensors as they are."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def part_of(value: object, like: object) -> object:
-    """This process's part of a whole tensor, divided as `like` is. Other objects as they are."""
-    if not is_divided(like):
+def shard_like(value: object, like: object) -> object:
+    """This process's shard of a full tensor, sharded as `like` is; as it is where `like` is not."""
+    if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 

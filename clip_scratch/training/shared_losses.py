@@ -49,9 +49,8 @@ def _spans(parts: list[torch.Tensor]) -> list[slice]:
 
 def _contrastive_share(images, texts, positives: Positives, image_span: slice, text_span: slice) -> torch.Tensor:
     """The cross-entropies of some images and some captions, (B, P) and (C, P), as `contrastive_loss` averages them."""
-    (image_sum, image_count), (text_sum, text_count) = (
-        sums(images, texts) for sums in (positives.of_images, positives.of_captions)
-    )
+    image_sum, image_count = positives.of_images(images, texts)
+    text_sum, text_count = positives.of_captions(images, texts)
     of_images = tiled_log_sum_exp(images[image_span], texts) - (image_sum / image_count)[image_span]
     of_texts = tiled_log_sum_exp(texts[text_span], images) - (text_sum / text_count)[text_span]
     return (of_images.sum() / len(images) + of_texts.sum() / len(texts)) / 2

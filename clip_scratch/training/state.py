@@ -15,7 +15,7 @@ from ..models.clip import DualEncoder
 from .distributed import world_size
 from .engine import EpochStats
 from .optimizer import WeightAverage, build_optimizer, build_scheduler
-from .sharded import part_of, shard, to_main
+from .sharded import full_on_main, shard, shard_like
 
 
 @dataclass
@@ -102,11 +102,11 @@ class TrainState:
     def state_dict(self) -> dict[str, object]:
         """Tensors, numbers, strings, lists and dicts of them: all that an exact resume needs.
 
-        Where towers are divided (`fully_shard`) all processes must ask, and the first one has them whole.
+        A collective call with `fully_shard`: the first process gets the full tensors.
         """
         random, progress = random_states(self.model.device), dataclasses.asdict(self.progress)
         own = {"progress": progress, "wall_seconds": self.wall_seconds, "random": random}
-        return tree_map(to_main, {name: part.state_dict() for name, part in self._parts().items()}) | own
+        return tree_map(full_on_main, {name: part.state_dict() for name, part in self._parts().items()}) | own
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned. Raises an error of several kinds where it does not fit."""
@@ -114,12 +114,12 @@ class TrainState:
             saved = state[name]
             if isinstance(part, nn.Module):
                 own = part.state_dict()
-                saved = {key: part_of(value, own.get(key)) for key, value in saved.items()}
+                saved = {key: shard_like(value, own.get(key)) for key, value in saved.items()}
             part.load_state_dict(saved)
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():  # saved contiguous; the fused AdamW wants the parameter's own strides
                 if value.shape == parameter.shape:
-                    moments[key] = torch.empty_like(parameter).copy_(part_of(value, parameter))
+                    moments[key] = torch.empty_like(parameter).copy_(shard_like(value, parameter))
         self.progress = Progress(**state["progress"] | {"stats": EpochStats(**state["progress"]["stats"])})
         self._began -= state["wall_seconds"]
         restore_random_states(state["random"], self.model.device)

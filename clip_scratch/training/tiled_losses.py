@@ -84,9 +84,8 @@ def tiled_contrastive_loss(images, texts, *ids):
     """`contrastive_loss`: a cross-entropy is the logsumexp less the mean over the positives."""
     of_rows, of_columns = _LogSumExps.apply(images, texts)
     positives = Positives(*ids)
-    (row_sum, row_count), (column_sum, column_count) = (
-        sums(images, texts) for sums in (positives.of_images, positives.of_captions)
-    )
+    row_sum, row_count = positives.of_images(images, texts)
+    column_sum, column_count = positives.of_captions(images, texts)
     return ((of_rows - row_sum / row_count).mean() + (of_columns - column_sum / column_count).mean()) / 2
 
 
