@@ -16,6 +16,7 @@ from clip_scratch.cli import parse
 from clip_scratch.data.images import load_image
 from clip_scratch.data.shards import write_shards
 from clip_scratch.errors import UserError
+from clip_scratch.models.clip import CLIPModel
 from clip_scratch.retrieval.index import Index
 from clip_scratch.retrieval.indexing import update_index
 from clip_scratch.train import main
@@ -160,3 +161,10 @@ def test_processes_of_different_versions_or_settings(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="fully_shard needs GPUs"):
         distributed._check(CFG(fully_shard=True))
+
+
+def test_a_loss_without_a_temperature_has_no_gradient_of_it_to_sum(tiny_cfg, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(distributed, "summed", torch.Tensor.clone)
+    model = CLIPModel(tiny_cfg, tiny_tokenizer)
+    distributed.Replica(model).finish()
+    assert model.log_scale.grad is None

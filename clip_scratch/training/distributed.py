@@ -221,7 +221,8 @@ class Replica:
     def finish(self) -> None:
         """After the last backward pass of a step."""
         for p in self._rest:
-            p.grad = summed(p.grad)
+            if p.grad is not None:  # a loss may do without a temperature
+                p.grad = summed(p.grad)
 
 
 def _sum_bucket(_, bucket):
