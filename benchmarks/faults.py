@@ -18,8 +18,6 @@ soak       training, indexing and searching in one process for --soak minutes: m
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import pickle
 import random
@@ -27,7 +25,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -38,33 +35,9 @@ from pathlib import Path
 
 from clip_scratch.errors import UserError, run_command
 
+from .accidents import accidents
 from .fuzz import BROKEN, captions, image_files, images, mutated, silent, within
-from .rounds import process_context
-
-TRAIN = [
-    "clip_scratch.train", "scenes", "--n-scenes", "120", "--size", "32", "--model-name", "test_resnet",
-    "--text-encoder-model", "bert-tiny", "--batch-size", "16", "--epochs", "3", "--device", "cpu", "--ema", "0.9",
-    "--checkpoint-steps", "2", "--precision", "fp32", "--minutes", "0", "--run-dir", "out",
-]  # fmt: skip
-TUNE = [
-    "clip_scratch.train", "hf_clip", "--model-name", "../clip", "--n-scenes", "120", "--batch-size", "16", "--epochs",
-    "2", "--device", "cpu", "--checkpoint-steps", "2", "--precision", "fp32", "--run-dir", "out",
-]  # fmt: skip
-SHARDS = ["clip_scratch.prepare", "shards", "--captions-path", "../data", "--out", "out", "--shard-size", "9"]
-INDEX = ["clip_scratch.search", "index", "scenes-tiny", "../data/Images", "--device", "cpu", "--index", "out"]
-JOBS = {
-    "train": TRAIN,
-    "train, micro-batches": [*TRAIN, "--micro-batch-size", "6"],
-    "train, cached features": [*TRAIN, "--image-freeze", "backbone", "--cached-views", "2"],
-    "fine-tune": TUNE,
-    "prepare scenes": ["clip_scratch.prepare", "scenes", "--n", "400", "--out", "out"],
-    "prepare shards": SHARDS,
-    "search index": INDEX,
-    "export": ["clip_scratch.export", "../run", "out"],
-}
-# Files that hold times or the order of a directory, and a picture that is not drawn again after a kill
-_UNEQUAL = {"metrics.jsonl", "environment.json", "retrieval.png", ".lock"}
-_UNEQUAL |= {"manifest.sqlite", "manifest.sqlite-wal", "manifest.sqlite-shm"}
+from .jobs import INDEX, JOBS, TRAIN, finish, go_on, materials, outcome_of, run_whole, start
 
 
 @dataclass
@@ -98,118 +71,12 @@ def main(arguments: Arguments) -> Counter:
     return tally
 
 
-# ---- commands in processes of their own
-
-
-def _child(words: list[str], cwd: Path, said: Path, room: int) -> None:
-    import runpy
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    os.chdir(cwd)
-    os.environ["XDG_CACHE_HOME"] = str(cwd / "cache")
-    for number in (1, 2):
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    import torch
-
-    torch.set_num_threads(1)
-    if room:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room,) * 2)
-    sys.argv = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-
-
-def start(words: list[str], cwd: Path, said: Path, room: int = 0):
-    """A command in a process that is forked from one with the libraries, and may take `room` more bytes of memory."""
-    said.unlink(missing_ok=True)
-    process = process_context().Process(target=_child, args=(words, cwd, said, room))
-    process.start()
-    return process
-
-
-def finish(words: list[str], cwd: Path, said: Path, room: int = 0) -> int:
-    """Run a command to its end; its exit status."""
-    process = start(words, cwd, said, room)
-    process.join(600)
-    process.kill()
-    process.join()
-    return process.exitcode
-
-
-def go_on(words: list[str], cwd: Path, said: Path) -> int:
-    """Run a command again as a user would: a run is resumed where there is one, what is done and not updated stays."""
-    if words[0] == "clip_scratch.train" and (cwd / "out/config.json").exists():
-        return finish([words[0], "--resume", "out"], cwd, said)
-    once = words[0] == "clip_scratch.export" or words[:2] == ["clip_scratch.prepare", "scenes"]
-    if once and (cwd / "out").exists():
-        return 0
-    return finish(words, cwd, said)
-
-
-def digest(folder: Path) -> str:
-    """The SHA-256 of all files but those that hold times; of an index its embeddings by name."""
-    from safetensors.torch import load_file
-
-    from clip_scratch.training.run import load_tree
-
-    sha = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.name in _UNEQUAL or "tfevents" in path.name:
-            continue
-        if path.suffix == ".safetensors":  # its header has no fixed order
-            weights = load_tree(path)["model"] if path.name == "training.safetensors" else load_file(path)
-            content = b"".join(name.encode() + weights[name].numpy().tobytes() for name in sorted(weights))
-        else:
-            content = path.read_bytes()
-        sha.update(path.relative_to(folder).as_posix().encode() + content)
-    if (folder / "index.json").exists():
-        from clip_scratch.retrieval.index import Index
-
-        found = Index.open(folder).search("a red circle", n=10_000)
-        sha.update(repr(sorted((name, round(score, 2)) for name, score in found)).encode())
-    return sha.hexdigest()
-
-
-def _materials(work: Path) -> None:
-    """data/, run/ and clip/: what the jobs start from."""
-    if (work / "clip").exists():
-        return
-    from clip_scratch.data.scenes.write import write_scenes
-
-    from .same_figures import small_clip
-
-    write_scenes(work / "data", 200, seed=3, progress=False)
-    small_clip(work / "clip", ["a red circle left of a blue square", "a small green star above a big yellow heart"] * 9)
-    assert finish([*TRAIN[:-1], "run", "--head", "linear"], work, work / "said") == 0, (work / "said").read_text()[
-        -2000:
-    ]
-
-
-def _whole(words: list[str], work: Path) -> tuple[str, float]:
-    """The digest of what a command leaves, and its seconds."""
-    folder = work / "whole"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    began = time.monotonic()
-    status = finish(words, folder, work / "said")
-    assert status == 0, (work / "said").read_text()[-2000:]
-    return digest(folder / "out"), time.monotonic() - began
-
-
-def _outcome(status: int, folder: Path, expected: str, said: Path) -> str:
-    if status:
-        return f"FAILED to go on: {said.read_text()[-300:]}"
-    if found := [path.name for path in (folder / "out").rglob(".*.tmp")]:
-        return f"LEFT temporary files: {found[:3]}"
-    return "the same bytes in the end" if digest(folder / "out") == expected else "OTHER bytes in the end"
-
-
 def kills(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
     """Signals at random moments of every job."""
-    _materials(work)
+    materials(work)
     chance = random.Random(arguments.seed)
     for number, (name, words) in enumerate(JOBS.items()):
-        expected, seconds = _whole(words, work)
+        expected, seconds = run_whole(words, work)
         share = arguments.kills // len(JOBS) + (number < arguments.kills % len(JOBS))
         for n in range(share):
             kind = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[n % 4]
@@ -223,12 +90,12 @@ def kills(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
             process.join()
             if kind == signal.SIGINT and said.exists() and "Traceback" in said.read_text():
                 count(f"{kind.name} in {name}", "a TRACEBACK")
-            count(f"{kind.name} in {name}", _outcome(go_on(words, folder, said), folder, expected, said))
+            count(f"{kind.name} in {name}", outcome_of(go_on(words, folder, said), folder, expected, said))
 
 
 def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
     """Small disks, which fill up at a random write."""
-    _materials(work)
+    materials(work)
     disk = work / "disk"
     disk.mkdir(exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode:
@@ -237,7 +104,7 @@ def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
     chance = random.Random(arguments.seed)
     try:
         for name, words in JOBS.items():
-            expected, _ = _whole(words, work)
+            expected, _ = run_whole(words, work)
             size = sum(path.stat().st_size for path in (work / "whole").rglob("*") if path.is_file())
             for link in ("data", "clip", "run"):
                 (disk / link).unlink(missing_ok=True)
@@ -256,103 +123,10 @@ def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
                 elif status == 0:
                     count(f"a full disk in {name}", "there was room enough")
                 else:
-                    outcome = _outcome(go_on(words, folder, said), folder, expected, said)
+                    outcome = outcome_of(go_on(words, folder, said), folder, expected, said)
                     count(f"a full disk in {name}", f"one line, then {outcome}")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-def accidents(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
-    """What befalls a training run from outside, or in its computation."""
-    _materials(work)
-    chance, said, other = random.Random(arguments.seed), work / "said", work / "other said"
-    longer = ["12" if before == "--epochs" else word for before, word in zip(["", *TRAIN], TRAIN, strict=False)]
-    decoding = [*longer, "--no-image-cache", "--num-workers", "2"]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", *longer]
-    befallen = {
-        "a worker is killed": (decoding, _kill_a_child, None),
-        "a process of torchrun is killed": (torchrun, _kill_a_child, None),
-        "the folder vanishes": (longer, lambda p, out: out.rename(out.with_name("gone")), _back_again),
-        "the folder becomes read-only": (longer, _read_only, lambda out: subprocess.run(["umount", out], check=True)),
-        "another run in the folder": (longer, lambda p, out: finish(longer, out.parent, other), None),
-    }
-    for name, (words, befall, mend) in befallen.items():
-        expected, _ = _whole(words, work)
-        for _ in range(max(1, arguments.kills // 40)):
-            folder = work / "befallen"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            process = start(words, folder, said)
-            while process.is_alive() and not (folder / "out/config.json").exists():
-                time.sleep(0.02)
-            time.sleep(chance.uniform(0, 0.5))
-            befall(process, folder / "out")
-            process.join(300)
-            if mend:
-                mend(folder / "out")
-            text = (other if befall is befallen["another run in the folder"][1] else said).read_text()
-            how = f"status {process.exitcode}"
-            if "Traceback" in text and words is not torchrun:
-                how = f"a TRACEBACK ({text.strip().splitlines()[-1][:300]})"
-            status = 0 if process.exitcode == 0 else go_on(words, folder, said)
-            count(name, f"{how}, then {_outcome(status, folder, expected, said)}")
-    _not_finite_and_too_large(work, count)
-
-
-def _kill_a_child(process, out: Path) -> None:
-    """Kill a process that works for this one: a loader's, which a server forks, or one of torchrun's."""
-    working = []
-    while process.is_alive() and len(working) < 2:  # the server and a worker, which begins in each epoch
-        time.sleep(0.005)
-        working = _below(process.pid)
-    if working:
-        os.kill(max(working), signal.SIGKILL)
-
-
-def _below(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have."""
-    with contextlib.suppress(OSError):  # it has ended
-        lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-        own = [int(child) for children in lists for child in children]
-        return own + [other for child in own for other in _below(child)]
-    return []
-
-
-def _read_only(process, out: Path) -> None:
-    subprocess.run(["mount", "--bind", out, out], check=True)
-    # Busy while a file is open for writing
-    while (
-        subprocess.run(["mount", "-o", "remount,bind,ro", out], capture_output=True).returncode and process.is_alive()
-    ):
-        time.sleep(0.005)
-
-
-def _back_again(out: Path) -> None:
-    shutil.rmtree(out, ignore_errors=True)
-    out.with_name("gone").rename(out)
-
-
-def _not_finite_and_too_large(work: Path, count: Callable[[str, str], None]) -> None:
-    """A learning rate that makes the loss NaN, and images for which 1 GB is too little."""
-    said = work / "said"
-    for name, settings, room, wanted in (
-        ("a loss that is NaN", ["--head-lr", "1e30", "--grad-clip", "0"], 0, "is nan at batch"),
-        ("memory that runs out", ["--batch-size", "96", "--size", "448"], 2**30, "--micro-batch-size"),
-    ):
-        shutil.rmtree(work / "failed", ignore_errors=True)
-        (work / "failed").mkdir()
-        status, text = finish([*TRAIN, *settings], work / "failed", said, room), said.read_text()
-        is_line = status == 2 and wanted in text and "Traceback" not in text
-        count(name, "status 2 and one line" if is_line else f"STATUS {status}: {text[-300:]}")
-        if is_line and room:
-            size = text.partition("--micro-batch-size ")[2].split()[0]
-            shutil.rmtree(work / "failed/out", ignore_errors=True)
-            again = [*TRAIN, *settings, "--micro-batch-size", size, "--epochs", "1"]
-            status = finish(again, work / "failed", said, room)
-            count(
-                f"{name}: the size that is named",
-                "fits" if status == 0 else f"STATUS {status}: {said.read_text()[-300:]}",
-            )
 
 
 # ---- damaged files
@@ -360,7 +134,7 @@ def _not_finite_and_too_large(work: Path, count: Callable[[str, str], None]) -> 
 
 def broken(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
     """A run on a data set of which 3 % of the images are broken, each in a way of its own, and 5 % unusual."""
-    _materials(work)
+    materials(work)
     folder = work / "some broken"
     shutil.copytree(work / "data", folder)
     names = sorted(path.name for path in (folder / "Images").iterdir())
@@ -399,7 +173,7 @@ def models(arguments: Arguments, work: Path, count: Callable[[str, str], None]) 
     from clip_scratch.models.hf_clip import HFCLIPModel
     from clip_scratch.train import main as train
 
-    _materials(work)
+    materials(work)
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
     bomb = Path(tempfile.gettempdir(), "clip-scratch-bomb")
     bomb.rmdir() if bomb.exists() else None
@@ -445,7 +219,7 @@ def soak(arguments: Arguments, work: Path, count: Callable[[str, str], None]) ->
     from clip_scratch.retrieval.indexing import update_index
     from clip_scratch.train import main as train
 
-    _materials(work)
+    materials(work)
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
     began, rounds, states = time.monotonic(), 0, []
     cfg, before = parse(TRAIN[1:-2]), os.getcwd()  # once a process, as in a command: tyro keeps what it parsed

@@ -42,29 +42,28 @@ def run_command(command: Callable[[], object]) -> None:
         command()
     except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}. What was saved before is whole", file=sys.stderr)
-        sys.exit(USER_ERROR)
-    except (MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):
-            said = "a process that decodes images was killed, perhaps for lack of memory: lower --num-workers"
-        elif is_out_of_memory(error):
-            said = "out of memory: free some memory, or use --device cpu"
-        else:
-            raise
-        print(f"error: {said}", file=sys.stderr)
-        sys.exit(USER_ERROR)
     except Exception as error:
-        if "(os error 28)" not in str(error):  # of safetensors, which raises no OSError
+        line = _line_for(error)
+        if line is None:
             raise
-        print("error: no space left on the disk. What was saved before is whole", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(USER_ERROR)
+
+
+def _line_for(error: Exception) -> str | None:
+    """What the user is told of an error; None for a bug of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}. What was saved before is whole" if error.errno in _DISK else None
+    if isinstance(error, MemoryError | RuntimeError):
+        if "DataLoader worker" in str(error):
+            return "a process that decodes images was killed, perhaps for lack of memory: lower --num-workers"
+        return "out of memory: free some memory, or use --device cpu" if is_out_of_memory(error) else None
+    if "(os error 28)" in str(error):  # of safetensors, which raises no OSError
+        return "no space left on the disk. What was saved before is whole"
+    return None
