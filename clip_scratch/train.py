@@ -66,10 +66,9 @@ def main(cfg: CFG | type[CFG]) -> Path:
                 metrics = recall_at_k(*embeddings)
                 is_best = state.end_epoch(metrics)
                 line = epoch_line(state, stats, metrics)
-                if is_best:
-                    weights = full_state_dict(measured)
-                    if run.writes:
-                        save_best(run.best, measured, progress.epoch, metrics, weights)
+                weights = full_state_dict(measured) if is_best else {}
+                if is_best and run.writes:
+                    save_best(run.best, measured, progress.epoch, metrics, weights)
                 run.log_epoch(line)
                 run.save_last(state)
                 own_randomness(run.cfg.seed, progress.step)
