@@ -126,7 +126,7 @@ def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
                     outcome = outcome_of(go_on(words, folder, said), folder, expected, said)
                     count(f"a full disk in {name}", f"one line, then {outcome}")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a process may be about to end
 
 
 # ---- damaged files

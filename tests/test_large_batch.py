@@ -71,9 +71,12 @@ def in_one_graph(model, batch, loss, size):
 
 @pytest.mark.parametrize("size", [1, 3, 5, 10])
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_gradients_equal_those_of_the_whole_batch(setup, size, loss, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_equal_those_of_the_whole_batch(setup, size, loss, dtype):
     """Frozen batch norms and no dropout: the plain step."""
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    if dtype == torch.float32 and loss == "soft_target":
+        tolerance = 5e-5  # here its targets and its predictions nearly cancel: a rounded embedding shows a hundredfold
     model, batch = setup(dtype, loss=loss, freeze_batch_norm=True, dropout=0.0)
     no_dropout(model)
     assert len(batch["caption_image_ids"]) > len(batch["image_ids"])

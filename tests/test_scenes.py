@@ -19,7 +19,7 @@ from clip_scratch.data.scenes import write as writing
 from clip_scratch.data.scenes.describe import describe_scene
 from clip_scratch.data.scenes.draw import draw_scene
 from clip_scratch.data.scenes.scene import PAIRS, PLACES, RADIUS, Scene, Thing, sample_scenes
-from clip_scratch.data.scenes.write import ensure_scenes, write_scenes
+from clip_scratch.data.scenes.write import ensure_scenes, training_captions, write_scenes
 from clip_scratch.errors import UserError
 
 SAMPLE = [scene for _, scene in sample_scenes(1500, seed=7)]
@@ -289,6 +289,8 @@ def test_an_ordinary_data_set(tmp_path):
     picture = cv2.imread(str(folder / "Images" / "000000.png"))[:, :, ::-1]
     assert np.array_equal(picture, draw_scene(first))
     assert captions_of(first)[0] == table.caption[0]
+    trained_on = table.image.isin(lists["trainImages.txt"])
+    assert training_captions(100, 1) == table.caption[trained_on].tolist()  # without drawing
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from ..data.captions import read_captions, split_of
 from ..data.image_files import stamp
 from ..data.images import fault_of, load_image, open_image
 from ..data.readers import IMAGE_NAMES
+from ..data.scenes.write import training_captions
 from ..data.shards import images_in
 from ..device import keep_freed_memory
 from ..errors import UserError
@@ -147,12 +149,16 @@ def _sole_writer(folder: Path) -> Iterator[None]:
 
 def _write_captions(folder: Path, model: DualEncoder) -> None:
     """Distinct training captions and their embeddings; none where the captions file is gone."""
+    cfg = model.cfg
     try:
-        table = split_of(read_captions(model.cfg), "train", model.cfg.captions_path)
+        if cfg.captions_path:
+            captions = split_of(read_captions(cfg), "train", cfg.captions_path)["caption"]
+        else:
+            captions = pd.Series(training_captions(cfg.n_scenes, cfg.seed))
     except (UserError, OSError) as error:
         print(f"no captions to describe images and calibrate scores with: {error}")
         return
-    captions = table["caption"].drop_duplicates()
+    captions = captions.drop_duplicates()
     captions = captions.sample(min(_CAPTIONS, len(captions)), random_state=0).tolist()
     write_json(folder / "captions.json", captions)
     content = encode_text(model, captions, progress=True).numpy().astype(np.float16).tobytes()

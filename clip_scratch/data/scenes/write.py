@@ -2,6 +2,7 @@
 
 import csv
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,7 @@ from ...errors import UserError
 from ...files import new_folder, sole_writer
 from .describe import describe_scene
 from .draw import draw_scene
-from .scene import sample_scenes
+from .scene import Scene, sample_scenes
 
 SPLIT_LISTS = {"train": "trainImages.txt", "valid": "devImages.txt", "test": "testImages.txt"}
 
@@ -48,18 +49,28 @@ def ensure_scenes(cfg: CFG) -> tuple[Path, Path]:
     return folder / "captions.txt", folder / "Images"
 
 
+def training_captions(n: int, seed: int) -> list[str]:
+    """The captions of the training scenes among `n`, without drawing any."""
+    return [caption for split, _, captions in _described(n, seed) if split == "train" for caption in captions]
+
+
+def _described(n: int, seed: int) -> Iterator[tuple[str, Scene, list[str]]]:
+    for i, (split, scene) in enumerate(sample_scenes(n, seed)):
+        yield split, scene, describe_scene(scene, random.Random(f"captions {seed} {i}"))
+
+
 def _write(folder: Path, n: int, seed: int, progress: bool) -> None:
     from tqdm import tqdm
 
     rows, names = [("image", "caption")], {split: [] for split in SPLIT_LISTS}
     with new_folder(folder) as unfinished:
         (unfinished / "Images").mkdir()
-        scenes = tqdm(sample_scenes(n, seed), f"drawing {folder}", n, unit="img", disable=not progress)
-        for i, (split, scene) in enumerate(scenes):
+        scenes = tqdm(_described(n, seed), f"drawing {folder}", n, unit="img", disable=not progress)
+        for i, (split, scene, captions) in enumerate(scenes):
             name = f"{i:06d}.png"
             _, png = cv2.imencode(".png", draw_scene(scene)[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 4])
             (unfinished / "Images" / name).write_bytes(png)
-            rows += [(name, caption) for caption in describe_scene(scene, random.Random(f"captions {seed} {i}"))]
+            rows += [(name, caption) for caption in captions]
             names[split].append(name)
         with open(unfinished / "captions.txt", "w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
