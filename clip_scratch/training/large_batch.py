@@ -8,6 +8,7 @@ does from each process in data-parallel training, unless `freeze_batch_norm` fix
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -70,12 +71,18 @@ def split(batch: Batch, size: int) -> list[Batch]:
 
 def largest_that_fits(model: nn.Module, batch: Batch) -> int:
     """The largest halving of a batch's images that the device has memory for, forward and backward; 0 where none."""
+
+    def attempt(size):
+        for part in split(batch, size)[:2]:  # the second has the gradients of the first beside it
+            torch.autograd.backward([e.sum() for e in model(part) if e.requires_grad])
+
     size = len(batch["image_ids"])
     while size := size // 2:
         release_memory(model.device)
         try:
-            outputs = [e.sum() for e in model(split(batch, size)[0]) if e.requires_grad]
-            torch.autograd.backward(outputs)
+            # In a thread of its own: one in which oneDNN once had no memory for its code never gets any again
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(attempt, size).result()
             return size
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
