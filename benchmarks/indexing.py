@@ -30,14 +30,14 @@ from clip_scratch import CFG
 from clip_scratch.data.images import images_below
 from clip_scratch.device import keep_freed_memory
 from clip_scratch.models.build import build_model
-from clip_scratch.retrieval.indexing import IndexUpdate, _embedded
+from clip_scratch.retrieval.indexing import _embedded
 
 BATCH = 64
 
 
 def ours(model, folder: Path, names: list[str]) -> None:
     """What `search index` does, without the files."""
-    for _ in _embedded(model, folder, names, IndexUpdate()):
+    for _ in _embedded(model, folder, names):
         pass
 
 

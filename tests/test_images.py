@@ -48,6 +48,24 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     assert np.abs(found.astype(int) - expected).max() <= (12 if suffix == "jpg" else 0)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_large_jpeg_is_decoded_smaller(tmp_path, mode):
+    """To at least twice the side that is wanted, whatever its mode and orientation; other files are not."""
+    image = Image.fromarray(RGB).resize((1000, 700), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(image.convert(mode), tmp_path / "a.jpg", quality=95, exif=exif)
+    whole, small = load_image(path), load_image(path, 80)  # a quarter: 700 / 4 >= 2 * 80
+    assert whole.shape == (1000, 700, 3) and small.shape == (250, 175, 3)
+    expected = np.array(Image.fromarray(whole).resize((175, 250), Image.Resampling.BOX))
+    assert np.abs(small.astype(int) - expected).mean() < 2
+    np.testing.assert_array_equal(load_image(path, 200), whole)  # half would be 350 < 2 * 200
+    assert load_image(saved(image, tmp_path / "a.png"), 80).shape == (700, 1000, 3)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(OSError, match="truncated"):
+        load_image(path, 1)
+
+
 def test_exif_orientation_of_a_pil_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

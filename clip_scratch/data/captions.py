@@ -137,7 +137,7 @@ def _fault(path: Path) -> str | None:
     from .images import fault_of, load_image
 
     try:
-        load_image(path)
+        load_image(path, side=1)  # all of it is read, and the pixels are not wanted
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
         return fault_of(path, error)
     return None

@@ -22,7 +22,7 @@ import PIL
 from ..config import CFG
 from ..files import allocate, cache_folder, check_room, sole_writer
 from .image_files import stamp
-from .images import image_prefix, load_image, reading
+from .images import image_prefix, load_image, reading, wanted_side
 
 _FORMAT = 2  # of the folder; raised also when the same settings give other pixels than before
 _CHUNK = 256  # rows that are decoded, written and recorded together
@@ -34,6 +34,7 @@ class ImageFiles:
     def __init__(self, names: Sequence[str], folder: Path, cfg: CFG, train: bool):
         self.paths = [os.path.join(folder, name) for name in names]
         self.side, self._prefix = image_prefix(cfg, train, self.paths)
+        self._wanted = max(self.side, wanted_side(cfg))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -41,7 +42,7 @@ class ImageFiles:
     def decode(self, number: int) -> tuple[np.ndarray, float]:
         """An image's square (M, M, 3), and the image's width / height. Raises UserError for a corrupt image."""
         with reading(self.paths[number]):
-            image = load_image(self.paths[number])
+            image = load_image(self.paths[number], self._wanted)
             return self._prefix(image), image.shape[1] / image.shape[0]
 
     def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:

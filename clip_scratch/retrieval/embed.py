@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..config import CFG
 from ..data.captions import image_folder
-from ..data.images import fault_of, load_image
+from ..data.images import fault_of, load_image, wanted_side
 from ..data.loaders import Batch, on_device
 from ..data.tokenizer import tokenize
 from ..errors import UserError
@@ -39,14 +39,14 @@ def encode_image(
     """
     images = [images] if isinstance(images, ImageLike) else list(images)
     model.eval()
-    transform = model.image_transform(train=False)
+    transform, side = model.image_transform(train=False), wanted_side(model.cfg)
     out = torch.zeros(len(images), model.cfg.projection_dim)
     faults: dict[str, str] = {}
     for start in tqdm(range(0, len(images), batch_size), desc="images", unit="batch", disable=not progress):
         pixels = {}
         for row, image in enumerate(images[start : start + batch_size], start):
             try:
-                pixels[row] = transform(image=load_image(image))["image"]
+                pixels[row] = transform(image=load_image(image, side))["image"]
             except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
                 is_file = isinstance(image, str | Path)
                 name, fault = (str(image), fault_of(image, error)) if is_file else (f"image {row}", str(error))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..data.captions import read_captions, split_of
 from ..data.image_files import stamp
-from ..data.images import fault_of, load_image, open_image
+from ..data.images import draft, fault_of, load_image, open_image, wanted_side
 from ..data.readers import IMAGE_NAMES
 from ..data.scenes.write import training_captions
 from ..data.shards import images_in
@@ -210,9 +210,9 @@ def _embedded(
     model: DualEncoder, images: Path, names: Sequence[str]
 ) -> Iterator[tuple[list[tuple[str, dict]], np.ndarray, dict[str, str]]]:
     """Batches: (name, width, height and date) of each image, embeddings (B, P), and what is wrong with the others."""
-    transform = model.image_transform(train=False)
+    transform, side = model.image_transform(train=False), wanted_side(model.cfg)
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        decoded = _ahead(pool, partial(_decoded, images, transform), names)
+        decoded = _ahead(pool, partial(_decoded, images, transform, side), names)
         while batch := list(islice(decoded, _BATCH)):
             good = [(name, facts, pixels) for name, facts, pixels in batch if pixels is not None]
             faults = {name: facts["fault"] for name, facts, pixels in batch if pixels is None}
@@ -238,7 +238,7 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable) -> Ite
             future.cancel()
 
 
-def _decoded(images: Path, transform: Callable, name: str) -> tuple[str, dict, torch.Tensor | None]:
+def _decoded(images: Path, transform: Callable, side: int, name: str) -> tuple[str, dict, torch.Tensor | None]:
     """An image's name, what its file says of it, and its pixels: None, and the fault, where it cannot be read."""
     path = images / name
     try:
@@ -249,6 +249,7 @@ def _decoded(images: Path, transform: Callable, name: str) -> tuple[str, dict, t
                 exif = file.getexif()
                 date = _date(exif.get_ifd(_EXIF).get(_DATE_TAKEN) or exif.get(_DATE_CHANGED))
                 is_turned = exif.get(_ORIENTATION, 1) >= 5
+            draft(file, side)
             pixels = transform(image=load_image(file))["image"]
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and classes of their own
         return name, {"fault": fault_of(path, error)}, None
