@@ -17,7 +17,7 @@ from PIL import Image
 
 import clip_scratch.exporting.onnx as home
 from clip_scratch.config import CFG
-from clip_scratch.data.images import image_transform, load_image
+from clip_scratch.data.images import image_transform, load_image, wanted_side
 from clip_scratch.errors import UserError
 from clip_scratch.export import Arguments, _check_drop, export, main
 from clip_scratch.exporting.onnx import quantize_onnx_folder, write_onnx_folder
@@ -118,6 +118,18 @@ def test_squares_are_those_of_the_model(script, tmp_path, interpolation, resize,
     Image.fromarray(pixels).save(tmp_path / "x.png")
     own = image_transform(cfg, train=False)(image=pixels)["image"].numpy().astype(int)
     assert np.abs(script["square"](tmp_path / "x.png") - own).max() <= 1  # of 255: a tie that is rounded the other way
+
+
+@pytest.mark.parametrize("resize", ["stretch", "crop"])
+def test_large_photos_are_decoded_as_the_model_does(script, tmp_path, resize):
+    cfg, path = CFG(size=32, resize=resize), tmp_path / "x.jpg"
+    script["CONFIG"].update(size=32, shorter_side=32 * (resize == "crop"), interpolation=cfg.interpolation)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((600, 400)).save(path)
+    small = load_image(path, wanted_side(cfg))
+    assert small.shape == (100, 150, 3)
+    own = image_transform(cfg, train=False)(image=small)["image"].numpy().astype(int)
+    assert np.abs(script["square"](path) - own).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "CMYK", "LA"])

@@ -36,8 +36,8 @@ FINDINGS = {  # what is counted, and what training does about it
     "truncated": ("Truncated images", _STOPS),
     "corrupt": ("Images that cannot be decoded", _STOPS),
     "tiny": (f"Images with a side below {TINY} pixels", "Training enlarges them to its --size."),
-    "huge": (f"Images above {HUGE / 1e6:g} million pixels", "Training decodes them whole, slowly and with 3 bytes of "
-             "memory a pixel, then scales them to its --size."),
+    "huge": (f"Images above {HUGE / 1e6:g} million pixels", "Training decodes them slowly: JPEG files at a part of "
+             "their size, others whole, with 3 bytes of memory a pixel. Then it scales them to its --size."),
     "extension": ("Images of another format than their extension", "Training goes by the content. `search index` "
                   "leaves out files without the extension of an image."),
     "unused": ("Images in the folder without a caption", "Training does not read them."),

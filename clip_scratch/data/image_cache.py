@@ -24,7 +24,7 @@ from ..files import allocate, cache_folder, check_room, sole_writer
 from .image_files import stamp
 from .images import image_prefix, load_image, reading, wanted_side
 
-_FORMAT = 2  # of the folder; raised also when the same settings give other pixels than before
+_FORMAT = 3  # of the folder; raised also when the same settings give other pixels than before
 _CHUNK = 256  # rows that are decoded, written and recorded together
 
 

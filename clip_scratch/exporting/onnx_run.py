@@ -36,10 +36,12 @@ def embed_texts(sentences, batch_size=64):
 
 def square(path):
     """An image file as the network takes it: uint8 (3, S, S), stretched, or the centre of `shorter_side` pixels."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    size, short, filter = CONFIG["size"], CONFIG["shorter_side"], CONFIG["interpolation"]
+    image = Image.open(path)
+    image.draft(None, (2 * max(size, short),) * 2)  # a large JPEG is decoded at 1/2, 1/4 or 1/8, as in training
+    image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    size, short, filter = CONFIG["size"], CONFIG["shorter_side"], CONFIG["interpolation"]
     (width, height), wide, high = image.size, size, size
     if short:
         scaled = [side * short / min(image.size) for side in image.size]
