@@ -215,7 +215,7 @@ def loss_of(heads: Heads, data: Data, images: torch.Tensor, captions: torch.Tens
     positive = positive_pairs(images, own, data.same[captions])  # (B, C)
     target, mixed = positive.float(), projected
     if recipe.mixup:
-        share = np.random.default_rng(int(images.sum())).beta(recipe.mixup, recipe.mixup)
+        share = torch.distributions.Beta(recipe.mixup, recipe.mixup).sample()
         other = torch.roll(torch.arange(len(images)), 1)
         mixed, target = share * projected + (1 - share) * projected[other], share * target + (1 - share) * target[other]
     cosines = F.normalize(mixed, dim=1) @ F.normalize(texts, dim=1).T
