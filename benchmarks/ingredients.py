@@ -61,7 +61,7 @@ class Data:
 
 @dataclass
 class Recipe:
-    """The settings of a row; those of the first row are the speedrun's, at 12 epochs."""
+    """The settings of a row; those of the first row are near the speedrun's."""
 
     epochs: int = 12
     batch_size: int = 400
@@ -223,7 +223,7 @@ def loss_of(heads: Heads, data: Data, images: torch.Tensor, captions: torch.Tens
     to_text, to_image = target / target.sum(1, keepdim=True), target.T / target.T.sum(1, keepdim=True)
     if recipe.soft:  # the captions' similarity to an image's own, by the frozen sentence encoder
         teacher = F.normalize(data.text["mean"][captions], dim=1)
-        alike = (20 * (to_text @ (teacher @ teacher.T))).clone()
+        alike = 20 * (to_text @ (teacher @ teacher.T))
         to_text = (1 - recipe.soft) * to_text + recipe.soft * alike.softmax(1)
         to_image = (1 - recipe.soft) * to_image + recipe.soft * alike.T.softmax(1)
     if recipe.is_decoupled:  # the positives take no part in the denominator (arXiv:2110.06848)
@@ -246,7 +246,7 @@ def loss_of(heads: Heads, data: Data, images: torch.Tensor, captions: torch.Tens
 
 
 def trained(recipe: Recipe, data: Data, seed: int) -> Heads:
-    """Train the heads; the average of their weights over the last steps, as `train` with --ema 0.99."""
+    """Train the heads; returns the moving average of their weights over about a fifth of the steps."""
     torch.manual_seed(seed)
     heads = Heads(recipe, data).train()
     n = len(data.words)
