@@ -3,8 +3,8 @@
     python -m benchmarks.faults --kills 200          as root, for the small disks; about an hour on two cores
     python -m benchmarks.faults --only captions images --fuzz 1000
 
-kills      SIGKILL, SIGINT or SIGTERM at a random moment of training, tuning, drawing, sharding, indexing and exporting:
-           the same command, or --resume, goes on and ends with the same bytes
+kills      SIGKILL, one time in four SIGINT or SIGTERM, at a random moment of training, tuning, drawing, sharding,
+           indexing and exporting: the same command, or --resume, goes on and ends with the same bytes
 disks      a tmpfs that fills up at a random write: one line and status 2; with more room it goes on to the same bytes
 accidents  a loader's worker or a process of torchrun killed, two processes in one folder, a run folder that vanishes or
            becomes read-only, a loss that is NaN, memory that runs out: one line and status 2, and then the same bytes
@@ -79,7 +79,7 @@ def kills(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
         expected, seconds = run_whole(words, work)
         share = arguments.kills // len(JOBS) + (number < arguments.kills % len(JOBS))
         for n in range(share):
-            kind = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)[n % 4]
+            kind = signal.SIGKILL if n % 4 else (signal.SIGINT, signal.SIGTERM)[n // 4 % 2]
             folder, said = work / "killed", work / "said"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -105,7 +105,7 @@ def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
     try:
         for name, words in JOBS.items():
             expected, _ = run_whole(words, work)
-            size = sum(path.stat().st_size for path in (work / "whole").rglob("*") if path.is_file())
+            size = sum(path.stat().st_size for path in (work / "whole/out").rglob("*") if path.is_file())
             for link in ("data", "clip", "run"):
                 (disk / link).unlink(missing_ok=True)
                 (disk / link).symlink_to(work / link)
@@ -113,7 +113,7 @@ def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
                 folder, said = disk / "job", work / "said"
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
-                room = int(size * chance.uniform(0.02, 0.7)) // 4096 * 4096 + 65536
+                room = int(size * chance.uniform(0.02, 0.98)) // 4096 * 4096 + 8192
                 subprocess.run(["mount", "-o", f"remount,size={room}", str(disk)], check=True)
                 status = finish(words, folder, said)
                 text = said.read_text()
@@ -133,13 +133,14 @@ def disks(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -
 
 
 def broken(arguments: Arguments, work: Path, count: Callable[[str, str], None]) -> None:
-    """A run on a data set of which 3 % of the images are broken, each in a way of its own, and 5 % unusual."""
-    materials(work)
+    """A run on a data set of which 1 % of the images are broken, each in a way of its own, and some unusual."""
+    from clip_scratch.data.scenes.write import write_scenes
+
     folder = work / "some broken"
-    shutil.copytree(work / "data", folder)
+    write_scenes(folder, 600, seed=3, progress=False)
     names = sorted(path.name for path in (folder / "Images").iterdir())
     odd = {"cut in half": (folder / "Images" / names[0]).read_bytes()[:200]} | BROKEN
-    bad = names[:: max(1, len(names) // len(odd))][: len(odd)]  # each kind once
+    bad = names[:: len(names) // len(odd)][: len(odd)]  # each kind once
     for name, content in zip(bad, odd.values(), strict=True):
         (folder / "Images" / name).write_bytes(content)
     fine = [name for name in names if name not in bad]

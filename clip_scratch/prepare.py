@@ -29,7 +29,7 @@ from .presets import PRESETS
 
 CACHES = {  # in the cache folder
     "images-*": "images", "features-*.bin": "features of a frozen tower", "precision-*.json": "measured precision",
-    "shard-*.json": "content of a shard", "shards/*.tar": "copy of a shard",
+    "tokens-*.npz": "tokens of captions", "shard-*.json": "content of a shard", "shards/*.tar": "copy of a shard",
     ".*.tmp": "unfinished file",
 }  # fmt: skip
 
@@ -41,7 +41,7 @@ def scenes(n: int = 6000, out: str = "", seed: int = 42, image_cache: bool = Tru
         n: images to draw; each has five captions.
         out: folder to make, which must be new; by default data/scenes-N-SEED, where training looks for it.
         seed: another seed gives other scenes.
-        image_cache: build the image cache that training reads.
+        image_cache: build the caches of images and tokens that training reads.
     """
     from .data.scenes.write import ensure_scenes, write_scenes
 
@@ -53,20 +53,21 @@ def scenes(n: int = 6000, out: str = "", seed: int = 42, image_cache: bool = Tru
 
 
 def _make_ready(name: str, settings: dict[str, object], image_cache: bool, decoded: Collection[str] = ()) -> None:
-    """Build the image caches of the preset `name` with these settings, and say how to train with it."""
+    """Build the caches of the preset `name` with these settings, and say how to train with it."""
     if image_cache:
         try:
-            _build_image_caches(PRESETS[name](**settings), decoded)
+            _build_caches(PRESETS[name](**settings), decoded)
         except UserError as error:  # the data set is there all the same
-            print(f"No image cache, as training would stop: {error}")
+            print(f"Not all is cached, as training would stop: {error}")
     words = [f" --{k.replace('_', '-')} {v}" for k, v in settings.items() if v != getattr(PRESETS[name], k)]
     print(f"Train on it:  python -m clip_scratch.train {name}{''.join(words)}")
 
 
-def _build_image_caches(cfg: CFG, decoded: Collection[str]) -> None:
-    """Build the caches that a run of these settings would; the images in `decoded` are known to be good."""
+def _build_caches(cfg: CFG, decoded: Collection[str]) -> None:
+    """Build the image and token caches of a run of these settings; the images in `decoded` are known to be good."""
     from .data.image_cache import ImageCache, open_images
     from .data.source import open_data
+    from .data.tokenizer import build_tokenizer, tokenize
 
     if cfg.backend == "hf_clip":
         from .models.hf_clip import image_geometry
@@ -79,6 +80,10 @@ def _build_image_caches(cfg: CFG, decoded: Collection[str]) -> None:
         n, size = sum(len(cache.ratios) for cache in caches), sum(cache.pixels.nbytes for cache in caches)
         how = f"built in {time.perf_counter() - began:.1f} s" if any(c.is_new for c in caches) else "built before"
         print(f"Image cache:  {n:,} training and validation images, {size / 1e6:,.0f} MB, {how}")
+    captions = [source.split(split)["caption"].tolist() for split in names]
+    tokenizer = build_tokenizer(cfg, captions[0])
+    tables = [tokenize(of, tokenizer, cfg.max_length, cfg) for of in captions]
+    print(f"Token cache:  {sum(map(len, tables)):,} captions, {sum(len(table.ids) for table in tables):,} tokens")
 
 
 def data_set(name: str) -> Callable:
@@ -107,7 +112,7 @@ def data_set(name: str) -> Callable:
         out: folder to make.
         archive: archives that were fetched by hand, in place of downloads.
         url: a mirror, where the files have their published names.
-        image_cache: build the image cache that training reads.
+        image_cache: build the caches of images and tokens that training reads.
     """
     return command
 
@@ -191,7 +196,7 @@ def shards(out: str, captions_path: str = "", image_path: str = "", shard_size: 
 
 
 def cache(remove: tuple[str, ...] = (), older_than: float = math.inf, cache_path: str = "") -> None:
-    """List the caches of images, frozen features and measured precisions, with their sizes and ages; remove some.
+    """List the caches of images, tokens, frozen features and precisions, with their sizes and ages; remove some.
 
     Args:
         remove: names of caches to remove.

@@ -296,7 +296,7 @@ def test_an_image_that_a_split_lists_and_no_archive_holds(server, flickr, tmp_pa
     prepare.data_set("flickr8k")(out=str(tmp_path), url=server.url)
     said = capsys.readouterr().out
     assert re.search(rf"that are missing: 1\..*\n  {NAMES[0]} \(Flickr8k.token", said)
-    assert "\nNo image cache, as training would stop: 1 of 6 images in " in said
+    assert "\nNot all is cached, as training would stop: 1 of 6 images in " in said
 
 
 RULES = {r"(?:.*/)?([^/]+\.jpg)": r"Images/\1"}
@@ -458,9 +458,10 @@ def test_scenes_are_drawn_where_training_looks_for_them(tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize("name", ["flickr8k", "food", "scenes"])
-def test_training_finds_its_image_cache_ready(name, tmp_path, capsys, monkeypatch, hf_clip, tiny_tokenizer):
+def test_training_finds_its_caches_ready(name, tmp_path, capsys, monkeypatch, hf_clip, tiny_tokenizer):
     """Also of a pretrained CLIP, whose image processor sets the size; a second call builds nothing."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clip_scratch.data.tokenizer._MANY", 10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(PRESETS["food"], "model_name", str(hf_clip()))
     monkeypatch.setattr(
@@ -481,6 +482,9 @@ def test_training_finds_its_image_cache_ready(name, tmp_path, capsys, monkeypatc
         n * {"flickr8k": 224, "food": 32}.get(name, 64) ** 2 * 3 / 1e6
     )
     assert len(seen[0]) == (0 if name == "scenes" else 6)  # the doctor has decoded them
+    if name == "scenes":  # the tokenizer of flickr8k is on the hub, and food has few captions
+        assert "\nToken cache:  135 captions, " in said
+        assert len(list(Path("cache/clip_scratch").glob("tokens-*.npz"))) == 2
     monkeypatch.setattr("clip_scratch.data.image_cache._build", None)
     prepare.main(words)
     assert "MB, built before\n" in capsys.readouterr().out

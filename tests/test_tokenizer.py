@@ -179,3 +179,56 @@ def test_padding_is_no_longer_than_the_batch_needs(trained):
     table = tokenize(CAPTIONS, trained, 200)
     assert table.batch([5, 5])[0].shape == (2, 3)
     assert table.ids.dtype == np.int32
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Tokenize into a cache of its own, however few the captions: called with a tokenizer and a limit."""
+    monkeypatch.setattr("clip_scratch.data.tokenizer._MANY", 1)
+    cfg = CFG(cache_path=str(tmp_path / "cache"))
+    return lambda tokenizer, limit=200, captions=CAPTIONS: tokenize(captions, tokenizer, limit, cfg)
+
+
+def test_tokens_are_kept_for_any_length(cached, trained, tmp_path):
+    """Also after calls that leave their truncation and padding behind in the tokenizer."""
+    for limit in (200, 5):
+        expected = tokenize(CAPTIONS, trained, limit)
+        padded(trained, CAPTIONS, limit)
+        for _ in range(2):
+            found = cached(trained, limit)
+            assert np.array_equal(found.ids, expected.ids) and np.array_equal(found.starts, expected.starts)
+            assert found.ids.dtype == np.int32 and found.truncated == expected.truncated
+    (file,) = (tmp_path / "cache").iterdir()
+    with np.load(file) as kept:  # it is what is read
+        np.savez(file, ids=kept["ids"] + 1, starts=kept["starts"])
+    assert np.array_equal(cached(trained).ids, tokenize(CAPTIONS, trained, 200).ids + 1)
+
+
+def test_other_captions_and_other_rules_are_other_tokens(cached, trained, tmp_path):
+    trained_on_less = train_tokenizer(CAPTIONS[:2])
+    for tokenizer, captions in [
+        (trained, CAPTIONS), (trained, CAPTIONS[1:]), (trained, ["a\0b"]), (trained, ["a", "b"]),
+        (trained_on_less, CAPTIONS),
+    ]:  # fmt: skip
+        assert np.array_equal(cached(tokenizer, 200, captions).ids, tokenize(captions, tokenizer, 200).ids)
+    assert len(list((tmp_path / "cache").iterdir())) == 5
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-9], lambda content: b"", lambda content: b"x" + content])
+def test_damaged_tokens_are_made_again(cached, trained, tmp_path, damage):
+    expected = cached(trained).ids
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert np.array_equal(cached(trained).ids, expected) and file.read_bytes() == whole
+
+
+def test_few_captions_and_a_cache_that_cannot_be_written(cached, trained, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file in the way")
+    assert len(cached(trained)) == len(CAPTIONS)
+    (tmp_path / "cache").unlink()
+    monkeypatch.setattr("clip_scratch.data.tokenizer._MANY", len(CAPTIONS) + 1)
+    assert len(cached(trained)) == len(CAPTIONS) and not (tmp_path / "cache").exists()

@@ -87,7 +87,7 @@ class CaptionedImages(Dataset):
         rows = [groups[i] for i in self.image_ids]
         self.rows = np.concatenate(rows)  # of the captions, image after image
         self.counts = np.array([len(own) for own in rows])  # captions of each image, (N,)
-        self.tokens: TokenTable = tokenize(table["caption"].tolist(), tokenizer, cfg.max_length)
+        self.tokens: TokenTable = tokenize(table["caption"].tolist(), tokenizer, cfg.max_length, cfg)
         # captions that are equal, case and spacing aside, share an id: they are positives of each other's images
         self.caption_ids = pd.factorize(plain_words(table["caption"]))[0]
         self.per_image = cfg.captions_per_image if train else 0  # 0: all of them

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..config import CFG
 from ..errors import UserError
+from ..files import cache_folder, write_atomically
 from ..hub import is_function, load_pretrained, local_path
 
 if TYPE_CHECKING:
@@ -20,6 +26,8 @@ if TYPE_CHECKING:
 TRAINED = "train"  # text_tokenizer="train": a WordPiece vocabulary learned from the training captions
 _VOCABULARY = 8192
 _LETTERS = 1000  # largest alphabet; rarer letters are unknown
+_FORMAT = 1  # of cached tokens: a new number leaves the old ones unused
+_MANY = 10_000  # captions from which tokens are cached: fewer take less than half a second
 
 
 def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokenizerBase:
@@ -29,10 +37,11 @@ def build_tokenizer(cfg: CFG, captions: Sequence[str] = ()) -> PreTrainedTokeniz
     """
     from transformers import AutoTokenizer
 
-    if not cfg.text_tokenizer and is_function(cfg.text_encoder_model):
+    own = cfg.model_name if cfg.backend == "hf_clip" else cfg.text_encoder_model
+    if not cfg.text_tokenizer and is_function(own):
         fix = "Set --text-tokenizer to one, or to train"
-        raise UserError(f"text_tokenizer: {cfg.text_encoder_model} has no tokenizer. {fix}")
-    name = cfg.text_tokenizer or cfg.text_encoder_model
+        raise UserError(f"text_tokenizer: {own} has no tokenizer. {fix}")
+    name = cfg.text_tokenizer or own
     if name == TRAINED:
         if not len(captions):
             raise UserError("text_tokenizer 'train' learns from the training captions, and there are none")
@@ -98,16 +107,55 @@ class TokenTable:
         return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
 
-def tokenize(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenTable:
-    """Tokenize every caption; those longer than `max_length` tokens are truncated and counted."""
+def tokenize(
+    captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, cfg: CFG | None = None
+) -> TokenTable:
+    """Tokenize every caption; those longer than `max_length` tokens are truncated and counted.
+
+    With a `cfg` the tokens of 10,000 captions or more are kept in its cache folder, where the next run finds them.
+    """
     limit = min(max_length, tokenizer.model_max_length)
-    rows = tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
-    long = [i for i, ids in enumerate(rows) if len(ids) > limit]
-    if long:  # the tokenizer keeps the special tokens at the end
+    ids, starts = _tokens(captions, tokenizer, cfg if len(captions) >= _MANY else None)
+    long = np.flatnonzero(np.diff(starts) > limit)
+    if len(long):  # the tokenizer keeps the special tokens at the end
+        rows = np.split(ids, starts[1:-1])
         cut = tokenizer([captions[i] for i in long], truncation=True, max_length=limit)["input_ids"]
-        for i, ids in zip(long, cut, strict=True):
-            rows[i] = ids
-    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-    ids = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]) if rows else np.empty(0, np.int32)
+        for i, own in zip(long, cut, strict=True):
+            rows[i] = own
+        ids, starts = _packed(rows)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return TokenTable(ids, starts, pad_id, truncated=len(long))
+
+
+def _tokens(
+    captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, cfg: CFG | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids and starts of whole captions; with a `cfg` from its cache, or into it."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, ids=ids, starts=starts)
+
+    name = ""
+    if cfg and hasattr(tokenizer, "backend_tokenizer"):  # else nothing says all that the ids depend on
+        rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        digest = hashlib.sha256(json.dumps([_FORMAT, type(tokenizer).__name__, rules]).encode())
+        for caption in captions:
+            content = caption.encode("utf-8", "surrogatepass")
+            digest.update(len(content).to_bytes(8, "little") + content)
+        name = f"tokens-{digest.hexdigest()[:16]}.npz"
+        missing = OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile  # or damaged
+        with contextlib.suppress(*missing), np.load(cache_folder(cfg) / name) as kept:
+            return kept["ids"], kept["starts"]
+    ids, starts = _packed(tokenizer(list(captions), verbose=False)["input_ids"] if len(captions) else [])
+    if name:
+        with contextlib.suppress(OSError):  # without room the next run tokenizes again
+            cache_folder(cfg).mkdir(parents=True, exist_ok=True)
+            write_atomically(cache_folder(cfg) / name, write)
+    return ids, starts
+
+
+def _packed(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids end to end, int32, and where each row starts, int64 (rows + 1,)."""
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+    return np.concatenate([np.asarray(row, dtype=np.int32) for row in [[], *rows]]), starts

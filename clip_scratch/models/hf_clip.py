@@ -62,7 +62,7 @@ class HFCLIPModel(DualEncoder):
         own["projection_dim"] = getattr(config, "projection_dim", 0) or self.heads["text"].out_features  # SigLIP's
         self.cfg = cfg = dataclasses.replace(cfg, **own)
 
-        self.tokenizer = tokenizer or build_tokenizer(dataclasses.replace(cfg, text_encoder_model=cfg.model_name))
+        self.tokenizer = tokenizer or build_tokenizer(cfg)
         if cfg.text_tokenizer:
             check_vocabulary(self.tokenizer, config.text_config.vocab_size)
         positions = max_positions(config.text_config) or cfg.max_length
