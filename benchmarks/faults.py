@@ -34,6 +34,7 @@ from multiprocessing import active_children
 from pathlib import Path
 
 from clip_scratch.errors import UserError, run_command
+from clip_scratch.files import is_unfinished
 
 from .accidents import accidents
 from .fuzz import BROKEN, captions, image_files, images, mutated, silent, within
@@ -238,7 +239,7 @@ def soak(arguments: Arguments, work: Path, count: Callable[[str, str], None]) ->
         states.append(_state())
         rounds += 1
     os.chdir(before)
-    left = list(work.rglob(".*.tmp"))
+    left = [path for path in work.rglob(".*") if is_unfinished(path)]
     print("round: MB, file handles, processes")
     for number in sorted({2, *range(rounds // 8, rounds, max(1, rounds // 8)), rounds - 1}):
         print(f"{number + 1:>5}: {states[number][0]:.0f}, {states[number][1]}, {states[number][2]}")

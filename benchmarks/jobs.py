@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from clip_scratch.files import is_unfinished
+
 from .rounds import process_context
 
 TRAIN = [
@@ -84,13 +86,13 @@ def go_on(words: list[str], cwd: Path, said: Path) -> int:
     return finish(words, cwd, said)
 
 
-def digest(folder: Path) -> str:
-    """The SHA-256 of all files but those that hold times; of an index its embeddings by name."""
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file, those aside that hold times; of an index its embeddings by name."""
     from safetensors.torch import load_file
 
     from clip_scratch.training.run import load_tree
 
-    sha = hashlib.sha256()
+    found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name in _UNEQUAL or "tfevents" in path.name:
             continue
@@ -99,13 +101,13 @@ def digest(folder: Path) -> str:
             content = b"".join(name.encode() + weights[name].numpy().tobytes() for name in sorted(weights))
         else:
             content = path.read_bytes()
-        sha.update(path.relative_to(folder).as_posix().encode() + content)
+        found[path.relative_to(folder).as_posix()] = hashlib.sha256(content).hexdigest()
     if (folder / "index.json").exists():
         from clip_scratch.retrieval.index import Index
 
-        found = Index.open(folder).search("a red circle", n=10_000)
-        sha.update(repr(sorted((name, round(score, 2)) for name, score in found)).encode())
-    return sha.hexdigest()
+        results = Index.open(folder).search("a red circle", n=10_000)
+        found["its results"] = repr(sorted((name, round(score, 2)) for name, score in results))
+    return found
 
 
 def materials(work: Path) -> None:
@@ -123,20 +125,21 @@ def materials(work: Path) -> None:
     ]
 
 
-def run_whole(words: list[str], work: Path) -> tuple[str, float]:
-    """The digest of what a command leaves, and its seconds."""
+def run_whole(words: list[str], work: Path) -> tuple[dict[str, str], float]:
+    """The digests of what a command leaves, and its seconds."""
     folder = work / "whole"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     began = time.monotonic()
     status = finish(words, folder, work / "said")
     assert status == 0, (work / "said").read_text()[-2000:]
-    return digest(folder / "out"), time.monotonic() - began
+    return digests(folder / "out"), time.monotonic() - began
 
 
-def outcome_of(status: int, folder: Path, expected: str, said: Path) -> str:
+def outcome_of(status: int, folder: Path, expected: dict[str, str], said: Path) -> str:
     if status:
         return f"FAILED to go on: {said.read_text()[-300:]}"
-    if found := [path.name for path in (folder / "out").rglob(".*.tmp")]:
+    if found := [path.name for path in filter(is_unfinished, (folder / "out").rglob(".*"))]:
         return f"LEFT temporary files: {found[:3]}"
-    return "the same bytes in the end" if digest(folder / "out") == expected else "OTHER bytes in the end"
+    other = sorted(name for name, _ in digests(folder / "out").items() ^ expected.items())
+    return f"OTHER bytes in the end: {other}" if other else "the same bytes in the end"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +22,10 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if size:
-            allocate(temporary, size)
+        allocate(temporary, size)
+        mode = temporary.stat().st_mode
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors puts a file in its place that only its owner may read
         with open(temporary, "rb+") as file:  # Windows cannot sync a file that is open for reading
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -90,9 +92,14 @@ def write_figure(figure, path: str | Path) -> Path:
     return path
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a file is temporary: one of ours, or safetensors' .tmp and six letters."""
+    return path.name[:1] == "." and (path.suffix == ".tmp" or re.fullmatch(r"\.tmp\w{6}", path.name) is not None)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Delete the temporary files that killed processes left anywhere in `folder`."""
-    for temporary in folder.rglob(".*.tmp"):
+    for temporary in filter(is_unfinished, folder.rglob(".*")):
         temporary.unlink(missing_ok=True)
 
 

@@ -75,12 +75,14 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     for name in (
         ".metrics.jsonl.77.tmp",
         "last/.training.safetensors.77.tmp",
+        "last/.tmpfYgg6L",  # safetensors' own
         "last/training.safetensors",
         "notes.tmp",
+        ".tmp",
     ):
         (tmp_path / name).write_text("x")
     files.remove_unfinished(tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["notes.tmp", "training.safetensors"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".tmp", "notes.tmp", "training.safetensors"]
     files.remove_unfinished(tmp_path / "nowhere")
 
 
@@ -97,6 +99,7 @@ def test_best_round_trip(saved):
     with safe_open(best / "model.safetensors", "pt") as file:
         header = file.metadata()
     assert header["epoch"] == "3" and json.loads(header["metrics"]) == {"rsum": 12.5}
+    assert (best / "model.safetensors").stat().st_mode == (best / "metrics.json").stat().st_mode  # others may read it
     assert (
         header["git_commit"]
         == (environment.git_commit() or "")

@@ -24,7 +24,7 @@ import torch
 from ..config import CFG
 from ..environment import RECORD, environment
 from ..errors import UserError, first_line
-from ..files import remove_unfinished, write_atomically, write_json
+from ..files import is_unfinished, remove_unfinished, write_atomically, write_json
 from ..models.clip import DualEncoder
 from ..models.saved import bare_model, prepare_best, run_config, write_tensors
 from ..presets import PRESETS
@@ -186,7 +186,7 @@ def _check_new(folder: Path) -> None:
     """Raise UserError where `folder` holds something already, or cannot be made."""
     try:
         entries = list(folder.iterdir()) if folder.is_dir() else []
-        names = {e.name for e in entries if e.suffix != ".tmp" and e.name != ".lock"}
+        names = {e.name for e in entries if not is_unfinished(e) and e.name != ".lock"}
         if names - _UNFINISHED:
             raise UserError(f"{folder} is not empty: continue with --resume {folder}, or choose another --run-dir")
         parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
