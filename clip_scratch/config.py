@@ -87,7 +87,8 @@ class CFG(metaclass=_Settings):
     # Loss
     loss: Literal["auto", "infonce", "sigmoid", "soft_target"] = "infonce"  # infonce: CLIP's; sigmoid: SigLIP's; soft_target: the tutorial's; auto: the loss that the pretrained CLIP was trained with
     temperature: float = 0.07  # initial temperature; learned, except by soft_target
-    captions_per_image: int = 1  # captions of each image in a step; 0: all of them
+    max_captions: int = 0  # captions of a training image that are used, the first ones; 0: all of them
+    captions_per_image: int = 1  # captions of each image in a step; 0: all of those used
 
     # Optimization
     epochs: int = 20  # passes over the training images

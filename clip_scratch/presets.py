@@ -100,7 +100,9 @@ class Speedrun(Compact):
     image_freeze = "backbone"
     text_freeze = "backbone"
     cached_views = 1
+    max_captions = 2  # the other three cost more time in the text tower than epochs on these two
     captions_per_image = 0
+    projection_dim = 512
     epochs = 4
     head_lr = 5e-3
     warmup_steps = 20

@@ -77,6 +77,8 @@ class CaptionedImages(Dataset):
         self, table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, train: bool, cfg: CFG,
         transform: Callable | None = None, device: torch.device | str = "cpu",
     ):  # fmt: skip
+        if train and cfg.max_captions:
+            table = table[table.groupby("image_id").cumcount() < cfg.max_captions]
         first = table.drop_duplicates("image_id")
         self.names = first["image"].tolist()
         self.image_ids = first["image_id"].to_numpy()

@@ -6,8 +6,10 @@ how they are augmented, the captions, the precision. A later run that shares the
 Shapes: N images of the data set, D features.
 """
 
+import contextlib
 import copy
 import hashlib
+import itertools
 import math
 import sys
 import warnings
@@ -16,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from ..config import CFG
@@ -25,8 +29,8 @@ from ..files import cache_folder, check_room, sole_writer, write_atomically
 from ..models.clip import DualEncoder
 from ..models.precision import tower_dtype
 
-_FORMAT = 2  # of the files: a new number leaves the old ones unused
-_CAPTIONS = 64  # captions computed at a time
+_FORMAT = 3  # of the files: a new number leaves the old ones unused
+_AT_ONCE = 64  # images or captions that a CPU computes at a time: more do not fit its caches
 # The settings that decide what a frozen tower sees and how it computes
 _SETTINGS = {
     "image": (
@@ -85,27 +89,62 @@ def _features(model: DualEncoder, tower: str, data: CaptionedImages, cfg: CFG) -
     def batches() -> Iterator[tuple[tuple | torch.Tensor, tuple[torch.Tensor, ...]]]:
         """The place of a batch in the result, and the tower's inputs."""
         if tower == "text":  # captions of similar length together: little padding
-            for rows in torch.from_numpy(np.argsort(tokens.lengths(), kind="stable")).split(_CAPTIONS):
+            for rows in torch.from_numpy(np.argsort(tokens.lengths(), kind="stable")).split(_AT_ONCE):
                 yield rows, tokens.batch(rows.numpy())
             return
+        n = _AT_ONCE if model.device.type == "cpu" else cfg.batch_size
         for view in range(views):
-            for numbers in torch.arange(len(data)).split(cfg.batch_size):
+            for numbers in torch.arange(len(data)).split(n):
                 yield (view, numbers), (data.pixels(view, numbers.tolist()),)
 
-    def fill(features: torch.Tensor) -> None:
-        for place, inputs in tqdm(batches(), desc=f"Caching {tower} features", unit=" batches", leave=False):
-            features[place] = head_input(model, tower, *(x.to(model.device) for x in inputs)).to(features.device)
-
     if tower == "image":
-        few = data.pixels(0, range(min(4, len(data))))
-        shape, inputs = (views, len(data)), (few,)
+        shape, inputs = (views, len(data)), (data.pixels(0, range(min(4, len(data)))),)
         facts = seed, [(name, *stamp(data.folder / name)) for name in data.names]
     else:
         shape, inputs, facts = (len(tokens),), tokens.batch([0]), (tokens.ids, tokens.starts)
-    example = head_input(model, tower, *(x.to(model.device) for x in inputs))
+
+    def compute(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return head_input(model, tower, *(x.to(model.device) for x in inputs))
+
+    def fill(features: torch.Tensor) -> None:
+        progress = tqdm(batches(), desc=f"Caching {tower} features", unit=" batches", leave=False)
+        with _folded_batch_norms(model.towers[tower], lambda: compute(inputs)):
+            for place, batch in progress:
+                features[place] = compute(batch).to(features.device)
+
+    example = compute(inputs)
     shape = (*shape, *example.shape[1:])
     key = _key(model, tower, cfg, shape, *facts, *(x.numpy() for x in inputs))
     return _computed_once(key, shape, example.dtype, fill, tower, cfg)
+
+
+@contextlib.contextmanager
+def _folded_batch_norms(network: nn.Module, example: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Batch norms of a frozen tower folded into the convolutions before them: a sixth less time for EfficientNet-lite0.
+
+    Not where that changes what the `example` gives: a module's order of children need not be that of its computation.
+    """
+    replaced = []
+    for parent in list(network.modules()):
+        for (at, conv), (after, norm) in itertools.pairwise(parent.named_children()):
+            is_pair = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
+            if is_pair and norm.num_features == conv.out_channels:
+                replaced += [(parent, at, conv), (parent, after, norm)]
+    before = example().float() if replaced else None
+    for (parent, at, conv), (_, after, norm) in zip(replaced[::2], replaced[1::2], strict=True):
+        setattr(parent, at, fuse_conv_bn_eval(conv, norm))
+        setattr(parent, after, getattr(norm, "act", nn.Identity()))  # timm's batch norms have their activation in them
+
+    def restore() -> None:
+        for parent, name, module in replaced:
+            setattr(parent, name, module)
+
+    try:
+        if replaced and (example().float() - before).norm() > 0.1 * before.norm():  # bf16 alone changes 0.01
+            restore()
+        yield
+    finally:
+        restore()
 
 
 def _key(model: DualEncoder, tower: str, cfg: CFG, *facts: object) -> str:
