@@ -34,16 +34,19 @@ def texts(batch, tokenizer):
 # ---- what belongs together
 
 
-@pytest.mark.parametrize("per_image", [0, 1, 2])
+@pytest.mark.parametrize(("per_image", "most"), [(0, 0), (1, 0), (2, 0), (0, 2), (1, 2)])
 @pytest.mark.parametrize("mode", ["train", "valid"])
-def test_ids_names_and_captions_agree(make, tiny_data, tiny_tokenizer, mode, per_image):
+def test_ids_names_and_captions_agree(make, tiny_data, tiny_tokenizer, mode, per_image, most):
+    """Also where the first captions of each training image alone are used."""
     table = tiny_data.table
+    if mode == "train" and most:
+        table = table.groupby("image_id").head(most)
     id_of = dict(zip(table["image"], table["image_id"], strict=True))
     plain = {i: set() for i in id_of.values()}
     for row in table.itertuples():
         ids = tiny_tokenizer(row.caption, truncation=True, max_length=24)["input_ids"]
         plain[row.image_id].add(tiny_tokenizer.decode(ids, skip_special_tokens=True))
-    for batch in make(mode, captions_per_image=per_image).start(epoch=1):
+    for batch in make(mode, captions_per_image=per_image, max_captions=most).start(epoch=1):
         b, c = len(batch["pixel_values"]), len(batch["input_ids"])
         assert batch["pixel_values"].shape == (b, 3, 32, 32) and batch["pixel_values"].dtype == torch.uint8
         assert [id_of[name] for name in batch["names"]] == batch["image_ids"].tolist()

@@ -20,7 +20,7 @@ from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
 from .encoders import TextEncoder, Tower, build_image_encoder, build_text_encoder
 from .freezing import freeze, keep_frozen_in_eval
-from .precision import autocast, memory_format
+from .precision import autocast, memory_format, train_depthwise_in_fp32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,6 +186,7 @@ class CLIPModel(DualEncoder):
             values = torch.tensor(list(getattr(self.image_encoder, name, imagenet))).view(1, 3, 1, 1)
             self.register_buffer(name, 255 * values, persistent=False)
         freeze(self, cfg)
+        train_depthwise_in_fp32(self.towers["image"])
         self.apply_memory_format()
 
     @property

@@ -17,6 +17,7 @@ from ..hub import load_pretrained
 from .clip import MAX_LOGIT_SCALE, DualEncoder, check_vocabulary, features_in_chunks
 from .encoders import max_positions
 from .freezing import freeze
+from .precision import train_depthwise_in_fp32
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -80,6 +81,7 @@ class HFCLIPModel(DualEncoder):
         self.register_buffer("max_log_scale", highest.clone())
         self.log_scale.requires_grad_(cfg.loss != "soft_target")
         freeze(self, cfg)
+        train_depthwise_in_fp32(self.towers["image"])
         self.apply_memory_format()
 
     @property

@@ -1,8 +1,8 @@
 """precision="auto": each tower's fastest precision and memory format, measured when a run starts.
 
-No rule of thumb holds everywhere: bf16 makes dense layers two or three times as fast where the processor has it, yet
-slows the backward pass of depthwise convolutions on a CPU; channels_last helps most convolutions, not all. The choice
-is remembered in the cache folder, so that two runs on one machine agree and only the first one measures.
+No rule of thumb holds everywhere: bf16 makes dense layers two or three times as fast where the processor has it, and
+little else; channels_last helps most convolutions, not all. The choice is remembered in the cache folder, so that two
+runs on one machine agree and only the first one measures.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from ..models.clip import DualEncoder
 from ..models.precision import default_precision
 from .large_batch import split
 
+_FORMAT = 2  # of the records: a new number has all measured again
 MIN_STEPS = 200  # a shorter run would not win back the seconds that measuring takes
 _CPU_IMAGES, _GPU_IMAGES = 16, 64  # a part of a batch is enough
 _STEPS = 3
@@ -57,7 +58,7 @@ def _key(model: DualEncoder, batch: Batch) -> str:
     """A hash of what the choice depends on: the machine, the towers, which of their weights train, and the shapes."""
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    machine = [device.type, name, computes_in_bf16(device), torch.get_num_threads(), torch.__version__]
+    machine = [_FORMAT, device.type, name, computes_in_bf16(device), torch.get_num_threads(), torch.__version__]
     towers = [(repr(tower), [p.requires_grad for p in tower.parameters()]) for tower in model.towers.values()]
     shapes = [batch["pixel_values"].shape[1:], model.tokenizer.model_max_length]
     return hashlib.sha256(repr([machine, towers, shapes]).encode()).hexdigest()[:16]
