@@ -16,7 +16,7 @@ from .contenders import Classical, ClassicalLoader, OurLoader, Ours, OursOnGpu, 
 from .peer_open_clip import MISSING, OpenClip, is_installed
 from .rounds import Figures, Rounds
 from .rows import NO_BF16
-from .tricks import HeadOnly, ImageTower, Peak, TextTower
+from .tricks import EfficientNet, HeadOnly, ImageTower, Peak, TextTower
 
 GROUPS = ("imports", "loader", "training", "heads", "tricks", "compile", "peer", "search", "gpu")
 BUILD_TIMEOUT = {"compile": 150.0}  # seconds until the group is given up
@@ -60,6 +60,7 @@ def contenders(group: str, setup: Setup, folder: str) -> dict[str, Callable[[], 
         "tricks": {
             "image tower": partial(image_tower, forms),
             "text tower": partial(TextTower, setup),
+            "efficientnet": partial(EfficientNet, setup),
         }
         | (stock if "bf16" in setup.precisions else {}),
         "compile": {"image tower": partial(image_tower, ("bf16 channels_last",), True, True)},

@@ -5,11 +5,13 @@ Shapes: B images, C captions, L tokens, S pixels a side.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from clip_scratch.data.tokenizer import tokenize
 from clip_scratch.device import keep_freed_memory
 from clip_scratch.models.build import build_model
 from clip_scratch.models.encoders import ImageEncoder
+from clip_scratch.models.precision import train_depthwise_in_fp32
+from clip_scratch.training.cached_features import folded_batch_norms
 from clip_scratch.training.engine import train_epoch
 from clip_scratch.training.optimizer import build_optimizer
 
@@ -87,6 +91,35 @@ class ImageTower(_Variants):
 
     def facts(self) -> dict[str, object]:
         return {"warm_up_seconds": self.warm_up_seconds}
+
+
+class EfficientNet(_Variants):
+    """EfficientNet-lite0: training with its depthwise convolutions in bf16 and in fp32, and the frozen tower's forward
+    pass with its batch norms and with them folded."""
+
+    def __init__(self, setup: Setup):
+        keep_freed_memory()
+        encoder = ImageEncoder("tf_efficientnet_lite0", pretrained=False, size=setup.size)
+        plain = encoder.to(memory_format=torch.channels_last).train()
+        mixed, frozen, folded = copy.deepcopy(plain), copy.deepcopy(plain).eval(), copy.deepcopy(plain).eval()
+        train_depthwise_in_fp32(mixed)
+        pixels = torch.randn(min(16, setup.batch_size), 3, setup.size, setup.size)
+        inputs = (pixels.contiguous(memory_format=torch.channels_last),)
+        with torch.no_grad():  # the last one stays folded
+            self._stack = ExitStack()
+            self._stack.enter_context(folded_batch_norms(folded, lambda: folded(*inputs)))
+        self.variants = {p: partial(_forward_and_backward, plain, inputs, p) for p in setup.precisions}
+        self.variants |= {"frozen": partial(self._forward, frozen, inputs, setup.precision)}
+        self.variants |= {"frozen, folded": partial(self._forward, folded, inputs, setup.precision)}
+        if "bf16" in setup.precisions:
+            self.variants["bf16, depthwise in fp32"] = partial(_forward_and_backward, mixed, inputs, "bf16")
+        self._warm_up()
+
+    @staticmethod
+    @torch.no_grad()
+    def _forward(tower: torch.nn.Module, inputs: tuple[torch.Tensor, ...], precision: str) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            tower(*inputs)
 
 
 class TextTower(_Variants):

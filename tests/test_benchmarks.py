@@ -133,16 +133,19 @@ def test_bf16_is_measured_only_where_the_processor_has_it(bf16, monkeypatch):
 def test_rows_in_bf16_say_that_the_processor_has_none():
     text = dict.fromkeys(("padded", "trimmed", "many", "many in chunks"), (1, 1))
     image = {"fp32 channels_last": (3, 1), "fp32 contiguous": (2, 1)}
-    lines = reached(TRICKS, {"tricks": {"rounds": [{"image tower": image, "text tower": text}]}})
+    small = {"fp32": (1, 1), "frozen": (1, 1), "frozen, folded": (6, 5)}
+    lines = reached(TRICKS, {"tricks": {"rounds": [{"image tower": image, "text tower": text, "efficientnet": small}]}})
     assert {line["name"]: line["left_out"] for line in lines if "left_out" in line} == dict.fromkeys(
         (
             "trick: allocator, image tower in bf16",
             "trick: bf16, image tower",
             "trick: channels_last, image tower in bf16",
+            "trick: depthwise convolutions in fp32, EfficientNet-lite0 in bf16",
+            "the same against fp32",
         ),
         NO_BF16,
     )
-    assert [line["reached"] for line in lines if "fp32" in line["name"]] == [1.5]
+    assert [line["reached"] for line in lines if "in fp32" in line["name"] and "reached" in line] == [1.5]
 
 
 def test_classical_loader_repeats_an_image_and_pads_to_the_longest(tiny_data, tiny_cfg):

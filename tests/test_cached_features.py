@@ -315,7 +315,7 @@ class TwoBranches(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("name", "left"), [("test_resnet", 1), ("test_efficientnet", 0), ("two branches", 1)])
-def test_folded_batch_norms_change_no_features(name, left):
+def testfolded_batch_norms_change_no_features(name, left):
     """And the network is itself again. One after a whole stem, and one in another branch, are left."""
     import timm
 
@@ -328,7 +328,7 @@ def test_folded_batch_norms_change_no_features(name, left):
     pixels, modules = torch.randn(3, 3, 32, 32), list(network.eval().modules())
     with torch.no_grad():
         before = network(pixels)
-        with cached_features._folded_batch_norms(network, lambda: network(pixels)):
+        with cached_features.folded_batch_norms(network, lambda: network(pixels)):
             unfolded = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
             assert torch.allclose(network(pixels), before, rtol=1e-4, atol=1e-4 * before.abs().max())
             assert len(unfolded) == left

@@ -108,7 +108,7 @@ def _features(model: DualEncoder, tower: str, data: CaptionedImages, cfg: CFG) -
 
     def fill(features: torch.Tensor) -> None:
         progress = tqdm(batches(), desc=f"Caching {tower} features", unit=" batches", leave=False)
-        with _folded_batch_norms(model.towers[tower], lambda: compute(inputs)):
+        with folded_batch_norms(model.towers[tower], lambda: compute(inputs)):
             for place, batch in progress:
                 features[place] = compute(batch).to(features.device)
 
@@ -119,7 +119,7 @@ def _features(model: DualEncoder, tower: str, data: CaptionedImages, cfg: CFG) -
 
 
 @contextlib.contextmanager
-def _folded_batch_norms(network: nn.Module, example: Callable[[], torch.Tensor]) -> Iterator[None]:
+def folded_batch_norms(network: nn.Module, example: Callable[[], torch.Tensor]) -> Iterator[None]:
     """Batch norms of a frozen tower folded into the convolutions before them: a sixth less time for EfficientNet-lite0.
 
     Not where that changes what the `example` gives: a module's order of children need not be that of its computation.
