@@ -66,6 +66,7 @@ def _make_ready(name: str, settings: dict[str, object], image_cache: bool, decod
 def _build_caches(cfg: CFG, decoded: Collection[str]) -> None:
     """Build the image and token caches of a run of these settings; the images in `decoded` are known to be good."""
     from .data.image_cache import ImageCache, open_images
+    from .data.images import of_split
     from .data.source import open_data
     from .data.tokenizer import build_tokenizer, tokenize
 
@@ -75,7 +76,10 @@ def _build_caches(cfg: CFG, decoded: Collection[str]) -> None:
         cfg = dataclasses.replace(cfg, **image_geometry(cfg)[0])
     source, began = open_data(cfg, decoded), time.perf_counter()
     names = {split: source.split(split)["image"].unique() for split in ("train", "valid")}
-    caches = [open_images(of, source.image_folder, cfg, split == "train") for split, of in names.items()]
+    caches = [
+        open_images(of, source.image_folder, of_split(cfg, split == "train"), split == "train")
+        for split, of in names.items()
+    ]
     if all(isinstance(cache, ImageCache) for cache in caches):  # else open_images has said why not
         n, size = sum(len(cache.ratios) for cache in caches), sum(cache.pixels.nbytes for cache in caches)
         how = f"built in {time.perf_counter() - began:.1f} s" if any(c.is_new for c in caches) else "built before"

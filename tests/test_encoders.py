@@ -19,7 +19,7 @@ from clip_scratch.errors import UserError
 from clip_scratch.hub import local_path
 from clip_scratch.models.build import build_model
 from clip_scratch.models.clip import CLIPModel, ProjectionHead
-from clip_scratch.models.encoders import ImageEncoder, TextEncoder, text_config
+from clip_scratch.models.encoders import ImageEncoder, TextEncoder, build_image_encoder, text_config
 from clip_scratch.models.precision import tower_dtype
 from clip_scratch.models.saved import bare_model, prepare_best
 from clip_scratch.presets import PRESETS
@@ -658,3 +658,10 @@ def test_the_packaged_text_weights_pool_as_published(compact):
     cosine = found @ found.T
     assert cosine[0, 1] > 0.7 > 0.3 > cosine[0, 2]
     assert compact.text_encoder.out_dim == 384 and compact.image_encoder.out_dim == 1280
+
+
+def test_a_tower_of_one_size_takes_no_other_in_training():
+    cfg = CFG(model_name="test_vit", pretrained=False, size=160, train_size=128)
+    with pytest.raises(UserError, match="train_size: test_vit takes images of one size"):
+        build_image_encoder(cfg)
+    build_image_encoder(dataclasses.replace(cfg, train_size=160))

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from clip_scratch.config import CFG
 from clip_scratch.data.images import image_transform, load_image
 from clip_scratch.data.loaders import EpochBatches, build_loaders
 
@@ -308,3 +309,14 @@ def test_the_settings_class_works_as_settings(tiny_data, tiny_tokenizer, tiny_cf
     cls = type("Tiny", (type(tiny_cfg),), dataclasses.asdict(tiny_cfg))
     loader = build_loaders(tiny_data.table, tiny_tokenizer, "valid", cls)
     assert len(list(loader)) == 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"crop_scale": 1.0}, {"image_cache": False}])
+def test_training_images_of_another_size(make, settings):
+    """As if size itself were that, with and without a random crop; evaluation keeps its own."""
+    found = next(iter(make(size=48, train_size=32, **settings)))["pixel_values"]
+    assert torch.equal(found, next(iter(make(size=32, **settings)))["pixel_values"])
+    assert next(iter(make("valid", size=48, train_size=32, **settings)))["pixel_values"].shape[-2:] == (48, 48)
+    for train, side in ((True, 32), (False, 48)):
+        transform = image_transform(CFG(size=48, train_size=32), train)
+        assert transform(image=np.zeros((64, 80, 3), np.uint8))["image"].shape == (3, side, side)

@@ -5,6 +5,7 @@ Training has two stages: `image_prefix` does once what is the same in every epoc
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -114,6 +115,7 @@ def image_transform(cfg: CFG, train: bool):
     import albumentations as A
     import cv2
 
+    cfg = of_split(cfg, train)
     steps = [A.Lambda(image=image_prefix(cfg, False)[1])]
     if train and cfg.crop_scale < 1:
         interpolation = cv2.INTER_CUBIC if cfg.interpolation == "bicubic" else cv2.INTER_LINEAR
@@ -126,6 +128,11 @@ def image_transform(cfg: CFG, train: bool):
         hue = (-cfg.hue_jitter, cfg.hue_jitter)
         steps.append(A.ColorJitter(brightness=around, contrast=around, saturation=around, hue=hue, p=0.8))
     return A.Compose([*steps, A.ToTensorV2()])
+
+
+def of_split(cfg: CFG, train: bool) -> CFG:
+    """The settings with the size of training images, or of all others."""
+    return dataclasses.replace(cfg, size=cfg.train_size) if train and cfg.train_size else cfg
 
 
 def image_prefix(cfg: CFG, train: bool, paths: Sequence[str] = ()) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:

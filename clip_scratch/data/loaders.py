@@ -22,7 +22,7 @@ from .augment import augment, augment_on_device, augments, changes, random_numbe
 from .captions import image_folder, plain_words
 from .image_cache import ImageCache, open_images
 from .image_files import split_member
-from .images import load_image, reading
+from .images import load_image, of_split, reading
 from .shards import shard_order
 from .tokenizer import TokenTable, tokenize
 
@@ -77,6 +77,7 @@ class CaptionedImages(Dataset):
         self, table: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, train: bool, cfg: CFG,
         transform: Callable | None = None, device: torch.device | str = "cpu",
     ):  # fmt: skip
+        cfg = of_split(cfg, train)
         if train and cfg.max_captions:
             table = table[table.groupby("image_id").cumcount() < cfg.max_captions]
         first = table.drop_duplicates("image_id")

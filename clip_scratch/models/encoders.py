@@ -27,7 +27,10 @@ def build_image_encoder(cfg: CFG) -> nn.Module:
     called again, with cfg.pretrained False, when a saved model is loaded.
     """
     if not is_function(cfg.model_name):
-        return ImageEncoder(cfg.model_name, cfg.pretrained, cfg.trainable, cfg.image_weights, cfg.size)
+        encoder = ImageEncoder(cfg.model_name, cfg.pretrained, cfg.trainable, cfg.image_weights, cfg.size)
+        if cfg.train_size not in (0, cfg.size) and encoder.model.default_cfg.get("fixed_input_size"):
+            raise UserError(f"train_size: {cfg.model_name} takes images of one size. Leave it out")
+        return encoder
     encoder = _own_encoder(cfg, "model_name")
     if cfg.pretrained and cfg.image_weights:
         load_weights(encoder, cfg.image_weights)

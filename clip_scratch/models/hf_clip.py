@@ -26,8 +26,8 @@ OPENAI_BASE = "openai/clip-vit-base-patch32"  # its architecture is the default 
 _REMEDY = "Download it where there is a network (hf download NAME --local-dir FOLDER); set --model-name to that folder"
 # Settings of encoders and heads that are built from scratch; a pretrained CLIP has its own
 _FROM_SCRATCH = (
-    "image_weights", "image_dropout", "text_encoder_model", "text_pooling", "text_dropout", "head", "projection_dim",
-    "dropout", "temperature",
+    "train_size", "image_weights", "image_dropout", "text_encoder_model", "text_pooling", "text_dropout", "head",
+    "projection_dim", "dropout", "temperature",
 )  # fmt: skip
 
 
