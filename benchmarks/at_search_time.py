@@ -1,6 +1,6 @@
 """What a trained run gains at search time alone: recall on two halves of its validation images.
 
-    python -m benchmarks.at_search_time runs/compact
+    python -m benchmarks.at_search_time --run runs/compact
 
 larger     images of more pixels than in training, where crops had made things look larger (FixRes, arXiv:1906.06423)
 flip       the mean of an image's embedding and its mirror image's

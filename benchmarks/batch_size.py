@@ -88,7 +88,7 @@ def main(arguments: Arguments) -> None:
     keep_freed_memory()
     cfg = Speedrun(
         captions_path=arguments.captions_path, cache_path=arguments.cache_path, epochs=arguments.epochs, stop_at=0,
-        device="cpu", precision="fp32",
+        device="cpu", precision="fp32", max_captions=0, projection_dim=256,
     )  # fmt: skip
     table = read_captions(cfg)
     train_df, valid_df = (split_of(table, split, cfg.captions_path) for split in ("train", "valid"))

@@ -65,6 +65,7 @@ def main(arguments: Arguments) -> None:
     """Print each curve, then a comparison at equal image passes and at equal time."""
     keep_freed_memory()
     changes = {"captions_path": arguments.captions_path, "cache_path": arguments.cache_path, "device": "cpu"}
+    changes |= {"size": 224, "max_captions": 0, "projection_dim": 256}
     table = read_captions(PRESETS[arguments.preset](**changes))
     curves = {}
     for per_image in (1, 2, 0):

@@ -125,7 +125,7 @@ def main(arguments: Arguments) -> None:
 
     cfg = PRESETS["compact"](
         captions_path=arguments.captions_path, image_freeze="none", freeze_batch_norm=False, image_dropout=0.0,
-        text_dropout=0.0, head="mlp", temperature=0.07, precision="fp32", channels_last=False,
+        text_dropout=0.0, head="mlp", temperature=0.07, precision="fp32", channels_last=False, size=224,
         device="cpu",
     )  # fmt: skip
     torch.manual_seed(cfg.seed)

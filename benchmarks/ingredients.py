@@ -302,7 +302,7 @@ def main(arguments: Arguments) -> None:
     keep_freed_memory()
     cfg = Speedrun(
         captions_path=arguments.captions_path, image_cache=True, cached_views=0, device="cpu", precision="fp32",
-        model_name=arguments.model_name, image_weights=arguments.image_weights, size=arguments.size,
+        model_name=arguments.model_name, image_weights=arguments.image_weights, size=arguments.size, max_captions=0,
     )  # fmt: skip
     table, model, parts, began = read_captions(cfg), build_model(cfg).eval(), {}, time.perf_counter()
     for split in ("train", "valid"):

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,7 @@ from clip_scratch.device import keep_freed_memory
 from clip_scratch.models.build import build_model
 from clip_scratch.models.encoders import ImageEncoder
 from clip_scratch.models.precision import train_depthwise_in_fp32
-from clip_scratch.training.cached_features import folded_batch_norms
+from clip_scratch.training.cached_features import fold_batch_norms
 from clip_scratch.training.engine import train_epoch
 from clip_scratch.training.optimizer import build_optimizer
 
@@ -105,9 +105,7 @@ class EfficientNet(_Variants):
         train_depthwise_in_fp32(mixed)
         pixels = torch.randn(min(16, setup.batch_size), 3, setup.size, setup.size)
         inputs = (pixels.contiguous(memory_format=torch.channels_last),)
-        with torch.no_grad():  # the last one stays folded
-            self._stack = ExitStack()
-            self._stack.enter_context(folded_batch_norms(folded, lambda: folded(*inputs)))
+        fold_batch_norms(folded)
         self.variants = {p: partial(_forward_and_backward, plain, inputs, p) for p in setup.precisions}
         self.variants |= {"frozen": partial(self._forward, frozen, inputs, setup.precision)}
         self.variants |= {"frozen, folded": partial(self._forward, folded, inputs, setup.precision)}

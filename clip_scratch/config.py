@@ -55,7 +55,7 @@ class CFG(metaclass=_Settings):
 
     # Images
     size: int = 224  # side of the model's square input, in pixels; 0: the size that the pretrained image tower was trained with
-    train_size: int = 0  # the same in training: smaller than size, as random crops show things larger (FixRes); 0: size
+    train_size: int = 0  # the same in training, where it is less: random crops show things larger (FixRes); 0: size
     resize: str = "stretch"  # evaluation images: stretch to the square; crop: resize the shorter side to size, keep the center; crop:256: resize it to 256
     interpolation: Literal["area", "bilinear", "bicubic"] = "area"  # resize filter; a pretrained CLIP brings its own geometry
     crop_scale: float = 0.6  # random resized crops of training images cover at least this fraction of the area; 1: no random crop

