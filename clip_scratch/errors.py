@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -39,6 +40,8 @@ def run_command(command: Callable[[], object]) -> None:
     Anything else is a bug of ours and keeps its traceback (status 1).
     """
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as clip_scratch/__init__.py left it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         command()
     except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too

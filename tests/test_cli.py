@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,3 +154,14 @@ def test_evaluate_on_other_captions(scene_run, tiny_data):
     tiny_data.table.to_csv(with_splits, index=False)
     result = evaluate.evaluate(scene_run.folder, "valid", str(with_splits), str(tiny_data.image_path))
     assert (result["split"], result["n_images"]) == ("valid", 6)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a signal of POSIX")
+def test_ctrl_c_while_a_command_is_imported_shows_no_traceback(tmp_path):
+    """tyro, the first library that a command imports, is one that presses Ctrl-C."""
+    (tmp_path / "tyro").mkdir()
+    (tmp_path / "tyro/__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    words = [sys.executable, "-m", "clip_scratch.prepare", "--help"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stderr and not done.stdout
