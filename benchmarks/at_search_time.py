@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clip_scratch import load
+from clip_scratch import encode_text, load
 from clip_scratch.data.loaders import build_loaders
 from clip_scratch.data.source import open_data
 from clip_scratch.device import keep_freed_memory
@@ -48,8 +48,8 @@ class Embedded:
     images: torch.Tensor
     texts: torch.Tensor
     own: torch.Tensor
-    hub_images: torch.Tensor | float = 0.0  # (N,)
-    hub_texts: torch.Tensor | float = 0.0  # (C,)
+    hub_images: torch.Tensor  # (N,)
+    hub_texts: torch.Tensor  # (C,)
 
 
 @torch.inference_mode()
@@ -63,13 +63,6 @@ def embed_images(model, data, flip: bool = False) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@torch.inference_mode()
-def embed_texts(model, data) -> torch.Tensor:
-    """The captions of a data set, image after image, (C, P)."""
-    rows = torch.from_numpy(data.rows)
-    return torch.cat([model.encode_text(*data.tokens.batch(part.numpy())) for part in rows.split(512)])
-
-
 def hubness(queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
     """The mean of the k largest cosines of each row with a bank, (N,)."""
     return torch.cat([(part @ bank.T).topk(k).values.mean(1) for part in queries.split(256)])
@@ -80,17 +73,15 @@ def of_half(found: Embedded, half: torch.Tensor) -> tuple[np.ndarray, np.ndarray
     captions = torch.isin(found.own, half).nonzero().flatten()
     images, texts, own = found.images[half], found.texts[captions], torch.searchsorted(half, found.own[captions])
 
-    def less(vectors: torch.Tensor, hub: torch.Tensor | float) -> torch.Tensor:
-        """A column that a 1 in the other vectors takes from every cosine."""
-        return torch.cat([vectors, -torch.as_tensor(hub).expand(len(vectors))[:, None]], 1)
+    def less(vectors: torch.Tensor, hub: torch.Tensor) -> torch.Tensor:
+        """With a column that a 1 in the other vectors takes from every cosine."""
+        return torch.cat([vectors, -hub[:, None]], 1)
 
     def with_one(vectors: torch.Tensor) -> torch.Tensor:
         return torch.cat([vectors, torch.ones(len(vectors), 1)], 1)
 
-    hub_images = found.hub_images[half] if isinstance(found.hub_images, torch.Tensor) else 0.0
-    hub_texts = found.hub_texts[captions] if isinstance(found.hub_texts, torch.Tensor) else 0.0
-    image_rank, _ = ranks(less(images, hub_images), with_one(texts), own)
-    _, text_rank = ranks(with_one(images), less(texts, hub_texts), own)
+    image_rank, _ = ranks(less(images, found.hub_images[half]), with_one(texts), own)
+    _, text_rank = ranks(with_one(images), less(texts, found.hub_texts[captions]), own)
     return hits(image_rank, text_rank, own.numpy(), len(half))
 
 
@@ -98,26 +89,29 @@ def main(arguments: Arguments) -> None:
     """Print the table."""
     keep_freed_memory()
     model = load(arguments.run, "cpu").eval()
-    cfg = dataclasses.replace(
-        model.cfg, captions_path=arguments.captions_path or model.cfg.captions_path, image_path=""
-    )
+    cfg = model.cfg
+    if arguments.captions_path:
+        cfg = dataclasses.replace(cfg, captions_path=arguments.captions_path, image_path="")
     source = open_data(cfg)
 
     def data(split: str, size: int = cfg.size):
         settings = dataclasses.replace(source.cfg, size=size, image_cache=False)
         return build_loaders(source.split(split), model.tokenizer, "valid", settings).dataset
 
+    def texts(split: str, of) -> torch.Tensor:  # image after image
+        return encode_text(model, source.split(split)["caption"].to_numpy()[of.rows])
+
     valid, train = data("valid"), data("train")
     own = torch.arange(len(valid)).repeat_interleave(torch.from_numpy(valid.counts).long())
-    plain = Embedded(embed_images(model, valid), embed_texts(model, valid), own)
+    no_hubs = torch.zeros(len(valid)), torch.zeros(len(own))
+    plain = Embedded(embed_images(model, valid), texts("valid", valid), own, *no_hubs)
     rows = {f"as trained, {cfg.size} pixels": plain}
     rows |= {
         f"{size} pixels": dataclasses.replace(plain, images=embed_images(model, data("valid", size)))
         for size in arguments.larger
     }
-    flipped = embed_images(model, valid, flip=True)
-    rows["flip"] = dataclasses.replace(plain, images=flipped)
-    banks = embed_images(model, train), embed_texts(model, train)
+    rows["flip"] = dataclasses.replace(plain, images=embed_images(model, valid, flip=True))
+    banks = embed_images(model, train), texts("train", train)
     for k in arguments.nearest:
         hub_images, hub_texts = hubness(plain.images, banks[1], k), hubness(plain.texts, banks[0], k)
         for weight in arguments.weights:
