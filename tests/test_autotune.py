@@ -1,17 +1,13 @@
 """precision="auto": what is measured, what is chosen, what is remembered, and that nothing else changes."""
 
-import copy
 import dataclasses
 import json
-import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from clip_scratch.data.loaders import build_loaders
 from clip_scratch.models.clip import CLIPModel
-from clip_scratch.models.precision import train_depthwise_in_fp32
 from clip_scratch.training import autotune
 from clip_scratch.training.autotune import choose_precision, measure_precision
 
@@ -159,24 +155,3 @@ def test_one_tower_in_fp32_beside_the_other_in_bf16(ready, tower, bf16):
     assert dtype_of_a_layer("bf16") == low
     assert dtype_of_a_layer("fp32/bf16") == (torch.float32 if tower == "image" else low)
     assert dtype_of_a_layer("bf16/fp32") == (torch.float32 if tower == "text" else low)
-
-
-def test_depthwise_convolutions_train_in_fp32():
-    """And compute in bf16 where nothing trains; others always do. A copy and a pickled network keep it."""
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 3, groups=4))
-    train_depthwise_in_fp32(network)
-    pixels = torch.randn(2, 3, 8, 8)
-    for net in (network, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
-        with torch.autocast("cpu", torch.bfloat16):
-            wide, out = net[0](pixels), net(pixels)
-            with torch.no_grad():
-                fast = net[1](wide)
-        exact = F.conv2d(wide.float(), net[1].weight, net[1].bias, groups=4)
-        assert wide.dtype == out.dtype == fast.dtype == torch.bfloat16
-        assert torch.equal(out, exact.bfloat16())
-        out.float().square().sum().backward()
-        wanted = torch.autograd.grad(exact.square().sum(), net[1].weight)[0]
-        assert net[1].weight.grad.dtype == torch.float32
-        assert F.cosine_similarity(net[1].weight.grad.flatten(), wanted.flatten(), dim=0) > 0.9999
-    assert torch.equal(network(pixels), net(pixels)) and net(pixels).dtype == torch.float32

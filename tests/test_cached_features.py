@@ -301,35 +301,3 @@ def test_a_large_file_is_announced(tiny_cfg, monkeypatch, capsys, tmp_path):
         cached_features._computed_once(key, (size,), torch.uint8, torch.Tensor.zero_, "text", cfg)
     (line,) = capsys.readouterr().out.splitlines()
     assert "text tower" in line and "0.0 GB" in line and str(tmp_path) in line
-
-
-class TwoBranches(torch.nn.Module):
-    """A convolution, and beside it, not after it, a batch norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return self.conv(x) + self.norm(x)
-
-
-@pytest.mark.parametrize(("name", "left"), [("test_resnet", 1), ("test_efficientnet", 0), ("two branches", 1)])
-def testfolded_batch_norms_change_no_features(name, left):
-    """And the network is itself again. One after a whole stem, and one in another branch, are left."""
-    import timm
-
-    torch.manual_seed(0)
-    network = TwoBranches() if name == "two branches" else timm.create_model(name, num_classes=0)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.2, 0.2)
-            module.running_var.uniform_(0.5, 2)
-    pixels, modules = torch.randn(3, 3, 32, 32), list(network.eval().modules())
-    with torch.no_grad():
-        before = network(pixels)
-        with cached_features.folded_batch_norms(network, lambda: network(pixels)):
-            unfolded = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-            assert torch.allclose(network(pixels), before, rtol=1e-4, atol=1e-4 * before.abs().max())
-            assert len(unfolded) == left
-    assert all(a is b for a, b in zip(network.modules(), modules, strict=True))

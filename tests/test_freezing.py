@@ -17,7 +17,7 @@ from clip_scratch import CFG, load
 from clip_scratch.errors import UserError
 from clip_scratch.evaluate import evaluate
 from clip_scratch.models.clip import CLIPModel
-from clip_scratch.models.encoders import TextEncoder
+from clip_scratch.models.encoders import TextEncoder, build_image_encoder
 from clip_scratch.models.freezing import blocks, count_parameters, freeze, frozen_parts, merged_state, places
 from clip_scratch.models.hf_clip import HFCLIPModel
 from clip_scratch.models.saved import run_config
@@ -128,6 +128,14 @@ def test_blocks_of_transformers(build, kind, part, stem, block, after, depth):
     assert found == depth and all(n == {0} for n in stems) and (one, last) == ({1}, {depth})
     tops, _ = numbers(tower, *after)
     assert all(n == {depth + 1} for n in tops)
+
+
+def test_blocks_of_several_networks_are_counted_from_their_tops():
+    with torch.device("meta"):
+        encoder = build_image_encoder(CFG(model_name="resnet18+mobilenetv3_small_050", pretrained=False))
+    four, six = ("0.conv1", "0.layer1.", "0.layer4."), ("1.conv_stem", "1.blocks.0.", "1.blocks.5.", "1.conv_head")
+    found, depth = numbers(encoder.model, *four, *six)
+    assert depth == 6 and found == [{0}, {3}, {6}, {0}, {1}, {6}, {7}]
 
 
 def test_blocks_of_a_network_without_any():

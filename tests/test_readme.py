@@ -146,7 +146,7 @@ def make_runs(text: str) -> None:
 
 def needs_hub(words: list[str]) -> bool:
     """Whether the command asks for weights that only a hub has: it is run from random weights instead."""
-    local = {"scenes", "compact", "speedrun", "hf_clip", "--no-pretrained", "--image-weights", "--resume"}
+    local = {"scenes", "compact", "trio", "speedrun", "hf_clip", "--no-pretrained", "--image-weights", "--resume"}
     return "clip_scratch.train" in words and not local & set(words) and words[-1] != "clip_scratch.train"
 
 

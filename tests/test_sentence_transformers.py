@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -130,10 +131,11 @@ def test_what_it_has_no_module_for_is_refused(tiny_cfg, tiny_tokenizer, tmp_path
     (tmp_path / "st_flat.py").write_text(
         "from torch import nn\nclass Flat(nn.Flatten):\n    out_dim = 3072\nflat = lambda cfg: Flat()\n"
     )
-    cfg = dataclasses.replace(tiny_cfg, model_name="st_flat:flat")
-    run = write_run(tmp_path / "run", CLIPModel(cfg, tiny_tokenizer))
-    with pytest.raises(UserError, match="model_name 'st_flat:flat': .* no class for it. Train with a timm model"):
-        export(run, tmp_path / "folder", format="sentence-transformers")
+    for number, name in enumerate(("st_flat:flat", "test_resnet+test_convnext")):
+        cfg = dataclasses.replace(tiny_cfg, model_name=name)
+        run = write_run(tmp_path / str(number), CLIPModel(cfg, tiny_tokenizer))
+        with pytest.raises(UserError, match=f"{re.escape(name)}': .* no class for it. Train with one timm model"):
+            export(run, tmp_path / "folder", format="sentence-transformers")
     run = write_run(tmp_path / "other", CLIPModel(tiny_cfg, tiny_tokenizer))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(UserError, match=r"pip install 'clip_scratch\[sentence-transformers\]'"):

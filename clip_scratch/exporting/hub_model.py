@@ -36,6 +36,8 @@ def push(best: Path, name: str, card: str) -> str:
 
 def _public(key: str, value: object) -> object:
     """A setting without the folders of this machine: of a path its last part."""
+    if key == "image_weights" and "+" in value:
+        return "+".join(_public(key, file) for file in value.split("+"))
     is_path = key in _LOCAL or (isinstance(value, str) and os.path.isabs(os.path.expanduser(value)))
     return Path(value).name if is_path else value
 

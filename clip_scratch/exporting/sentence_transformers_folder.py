@@ -33,9 +33,9 @@ _PIXELS = {"backend": "pil"}  # the resize of clip_scratch; torchvision's differ
 
 def check_sentence_transformers(model: DualEncoder) -> None:
     """Raise UserError where sentence-transformers is missing or has no module for a part of the model."""
-    for name in ("model_name", "text_encoder_model"):
-        if not isinstance(model, HFCLIPModel) and is_function(value := getattr(model.cfg, name)):
-            near = "a timm model" if name == "model_name" else "a transformers text encoder"
+    for name in () if isinstance(model, HFCLIPModel) else ("model_name", "text_encoder_model"):
+        if is_function(value := getattr(model.cfg, name)) or (name == "model_name" and "+" in value):
+            near = "one timm model" if name == "model_name" else "a transformers text encoder"
             raise UserError(f"{name} {value!r}: sentence-transformers has no class for it. Train with {near} instead")
     try:
         import sentence_transformers  # noqa: F401

@@ -26,9 +26,9 @@ def check_exportable(model: DualEncoder) -> None:
     if isinstance(model, HFCLIPModel):
         return
     for name in ("model_name", "text_encoder_model"):
-        if is_function(value := getattr(model.cfg, name)):
-            fix = "Use a tower by its name in timm or transformers, or --format onnx"
-            raise UserError(f"{name} {value!r}: transformers has no class for an encoder of your own. {fix}")
+        if is_function(value := getattr(model.cfg, name)) or (name == "model_name" and "+" in value):
+            fix = "Use one tower by its name in timm or transformers, or --format onnx"
+            raise UserError(f"{name} {value!r}: transformers has no class for such an encoder. {fix}")
     if model.cfg.head != "linear":
         fix = "Train with --head linear, or choose --format sentence-transformers or onnx"
         raise UserError(f"head 'mlp' cannot be exported: transformers projects linearly. {fix}")

@@ -18,9 +18,10 @@ from ..config import CFG
 from ..data.images import image_transform
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
+from .convolutions import prepare_convolutions
 from .encoders import TextEncoder, Tower, build_image_encoder, build_text_encoder
 from .freezing import freeze, keep_frozen_in_eval
-from .precision import autocast, memory_format, train_depthwise_in_fp32
+from .precision import autocast, memory_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,7 +187,8 @@ class CLIPModel(DualEncoder):
             values = torch.tensor(list(getattr(self.image_encoder, name, imagenet))).view(1, 3, 1, 1)
             self.register_buffer(name, 255 * values, persistent=False)
         freeze(self, cfg)
-        train_depthwise_in_fp32(self.towers["image"])
+        # A module of the user's own is not called before it is needed
+        prepare_convolutions(self.towers["image"], cfg, fold=isinstance(self.image_encoder, Tower))
         self.apply_memory_format()
 
     @property

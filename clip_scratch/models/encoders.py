@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,17 +21,24 @@ _KNOWN_CONFIGS = {
 
 
 def build_image_encoder(cfg: CFG) -> nn.Module:
-    """The image encoder of `cfg.model_name`: a timm model, or what `module:function` returns for `cfg`.
+    """The image encoder of `cfg.model_name`: a timm model, several as in `resnet18+resnet50`, or `module:function`.
 
-    Such a module maps (B, 3, S, S) normalised pixels to (B, D) and has `out_dim`, D. Optional are `mean` and `std` of
-    the pixels (three numbers each in 0 to 1; ImageNet's otherwise) and `size`, S where cfg.size is 0. Its function is
-    called again, with cfg.pretrained False, when a saved model is loaded.
+    What such a function returns for `cfg` maps (B, 3, S, S) normalised pixels to (B, D) and has `out_dim`, D. Optional
+    are `mean` and `std` of the pixels (three numbers each in 0 to 1; ImageNet's otherwise) and `size`, S where cfg.size
+    is 0. The function is called again, with cfg.pretrained False, when a saved model is loaded.
     """
     if not is_function(cfg.model_name):
-        encoder = ImageEncoder(cfg.model_name, cfg.pretrained, cfg.trainable, cfg.image_weights, cfg.size)
-        if 0 < cfg.train_size < cfg.size and encoder.model.default_cfg.get("fixed_input_size"):
-            raise UserError(f"train_size: {cfg.model_name} takes images of one size. Leave it out")
-        return encoder
+        names = cfg.model_name.split("+")
+        several = len(names) > 1 and cfg.image_weights
+        weights = cfg.image_weights.split("+") if several else [cfg.image_weights] * len(names)
+        if len(weights) != len(names):
+            raise UserError(f"image_weights: {len(weights)} given for the {len(names)} models of model_name")
+        encoders = []
+        for name, file in zip(names, weights, strict=True):
+            encoders.append(ImageEncoder(name, cfg.pretrained, cfg.trainable, file, cfg.size))
+            if 0 < cfg.train_size < cfg.size and encoders[-1].model.default_cfg.get("fixed_input_size"):
+                raise UserError(f"train_size: {name} takes images of one size. Leave it out")
+        return encoders[0] if len(encoders) == 1 else ImageEncoders(encoders)
     encoder = _own_encoder(cfg, "model_name")
     if cfg.pretrained and cfg.image_weights:
         load_weights(encoder, cfg.image_weights)
@@ -106,6 +114,35 @@ class ImageEncoder(Tower):
         config = timm.data.resolve_model_data_config(model)
         self.mean, self.std = config["mean"], config["std"]
         self.size = size or config["input_size"][-1]
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values)  # (B, 3, S, S) -> (B, D)
+
+
+class Concatenated(nn.Module):
+    """Networks that see the same pixels, their features side by side: (B, 3, S, S) -> (B, D1 + D2 + ...)."""
+
+    def __init__(self, networks: Iterable[nn.Module]):
+        super().__init__()
+        for number, network in enumerate(networks):
+            self.add_module(str(number), network)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([network(pixel_values) for network in self.children()], 1)
+
+
+class ImageEncoders(Tower):
+    """Several image encoders as one. Raises UserError where they expect pixels of different mean, deviation or size."""
+
+    def __init__(self, encoders: Sequence[ImageEncoder]):
+        networks = Concatenated(encoder.model for encoder in encoders)
+        super().__init__(networks, sum(encoder.out_dim for encoder in encoders), encoders[0].trainable)
+        for name, fix in (("mean", "Choose others"), ("std", "Choose others"), ("size", "Set size")):
+            values = [getattr(encoder, name) for encoder in encoders]
+            if len(set(values)) > 1:
+                listed = " and ".join(map(str, values))
+                raise UserError(f"model_name: the models expect images of different {name}, {listed}. {fix}")
+            setattr(self, name, values[0])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values)  # (B, 3, S, S) -> (B, D)

@@ -20,6 +20,8 @@ from torch import nn
 
 from ..config import CFG
 from ..errors import UserError
+from .convolutions import freeze_depthwise
+from .encoders import Concatenated
 
 _ADAPTER = "default"  # the name that PEFT gives a set of LoRA matrices by default; there is only one here
 
@@ -46,6 +48,8 @@ def freeze(model: nn.Module, cfg: CFG) -> None:
         raise UserError("nothing to train: image_freeze and text_freeze are both all")
     for tower, value in asked.items():
         _freeze_tower(model.towers[tower], value, f"{tower}_freeze", cfg.lora_rank)
+        if tower == "image" and cfg.freeze_depthwise:
+            freeze_depthwise(model.towers[tower])
         model.heads[tower].requires_grad_(value != "all")  # after the tower: SigLIP's heads are parts of its towers
 
 
@@ -67,6 +71,14 @@ def blocks(tower: nn.Module) -> tuple[dict[str, int], int]:
 
     The stem (embeddings, first convolution) is 0; what comes after the last block is one more than the depth.
     """
+    if isinstance(tower, Concatenated):  # blocks are counted from the top of each network, the stem is 0 in all
+        each = [blocks(network) for network in tower.children()]
+        depth = max(own for _, own in each)
+        return {
+            f"{i}.{name}": n + (depth - own if n else 0)
+            for i, (number, own) in enumerate(each)
+            for name, n in number.items()
+        }, depth
     network, prefix = (tower.timm_model, "timm_model.") if hasattr(tower, "timm_model") else (tower, "")
     if hasattr(network, "group_matcher"):  # timm knows the blocks of its families
         from timm.models import group_parameters

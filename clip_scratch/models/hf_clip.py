@@ -15,9 +15,9 @@ from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
 from ..hub import load_pretrained
 from .clip import MAX_LOGIT_SCALE, DualEncoder, check_vocabulary, features_in_chunks
+from .convolutions import prepare_convolutions
 from .encoders import max_positions
 from .freezing import freeze
-from .precision import train_depthwise_in_fp32
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -81,7 +81,8 @@ class HFCLIPModel(DualEncoder):
         self.register_buffer("max_log_scale", highest.clone())
         self.log_scale.requires_grad_(cfg.loss != "soft_target")
         freeze(self, cfg)
-        train_depthwise_in_fp32(self.towers["image"])
+        network = getattr(self.towers["image"], "timm_model", None)
+        prepare_convolutions(network or self.towers["image"], cfg, fold=network is not None)
         self.apply_memory_format()
 
     @property

@@ -5,10 +5,8 @@ in fp32. A precision that the device does not compute is replaced by fp32, so th
 """
 
 import contextlib
-import functools
 
 import torch
-from torch import nn
 
 from ..config import CFG
 from ..device import computes_in_bf16
@@ -39,21 +37,3 @@ def default_precision(device: torch.device) -> str:
 def memory_format(cfg: CFG) -> torch.memory_format:
     """The memory format of the image tower's weights and of the pixels it takes."""
     return torch.channels_last if cfg.channels_last else torch.contiguous_format
-
-
-def train_depthwise_in_fp32(network: nn.Module) -> None:
-    """Have the depthwise convolutions of a network compute in fp32 where it trains in a CPU's bf16.
-
-    oneDNN's backward pass of one is three times as slow in bf16 as in fp32: in EfficientNet-lite0 two thirds of a step.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-            module.forward = functools.partial(_depthwise_forward, module)  # it can be copied and pickled
-
-
-def _depthwise_forward(self: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    own, trains = type(self).forward, torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-    if not (trains and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")):
-        return own(self, x)
-    with torch.autocast("cpu", enabled=False):
-        return own(self, x.float()).to(x.dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import CFG
@@ -20,6 +21,7 @@ from ..data.images import load_image, shorter_side
 from ..errors import UserError
 from ..files import write_figure
 from ..models.clip import CLIPModel, DualEncoder
+from ..models.encoders import Concatenated
 from .embed import ImageLike, encode_image, encode_text
 
 NEUTRAL = "a picture"
@@ -117,19 +119,35 @@ class _Recorder(TorchFunctionMode):
 
 def _heat(model: DualEncoder, pixel_values: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """(1, 3, S, S) normalised pixels -> (h, w), not negative: what turns the embedding towards `direction`, (P,)."""
-    pixel_values.requires_grad_()  # the parameters may be frozen
-    with _Recorder() as recorder:
-        score = F.normalize(model.forward_image(pixel_values).float(), dim=-1)[0] @ direction
+    tower, seen = model.towers["image"], []
+    several = isinstance(tower, Concatenated)
+    for network in tower.children() if several else [tower]:
+        pixels = pixel_values.clone().requires_grad_()  # the parameters may be frozen
+        with _Recorder() as recorder:
+            output = network(pixels) if several else model.forward_image(pixels)  # (1, D) or (1, P)
+        seen.append((network, pixels, recorder, output))
+    embedding = model.image_projection(torch.cat([row[-1] for row in seen], 1)) if several else seen[0][-1]
+    score = F.normalize(embedding.float(), dim=-1)[0] @ direction
+    heats = [_heat_of(model, *row[:3], score) for row in seen]
+    if not several:
+        return heats[0]
+    size = max(heat.shape for heat in heats)
+    return sum(F.interpolate(heat[None, None], size, mode="bilinear")[0, 0] for heat in heats)
+
+
+def _heat_of(
+    model: DualEncoder, network: nn.Module, pixel_values: torch.Tensor, recorder: _Recorder, score: torch.Tensor
+) -> torch.Tensor:
+    """The part of the heat, (h, w), of an image network that has computed from `pixel_values`."""
     features = recorder.features if score.requires_grad else []  # not behind a tower that detaches its output
-    optional = {"allow_unused": True, "materialize_grads": True}
+    optional = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
     tokens = {feature.shape[1] for feature in features if feature.ndim == 3}
     attention = [weights for weights in recorder.attention if weights.shape[-2] == weights.shape[-1] in tokens]
     attention = [weights for weights in attention if weights.shape == attention[-1].shape]
     if len(attention) > 1 and features[-1].ndim == 3:  # a single one may pool the maps of a convolutional tower
         return _rollout(attention, torch.autograd.grad(score, attention, **optional))
-    tower = model.towers["image"]
-    y, x = (1, 2) if getattr(getattr(tower, "timm_model", tower), "output_fmt", "") == "NHWC" else (2, 3)
-    maps = [feature for feature in features if feature.ndim == 4 and 1 < feature.shape[y] == feature.shape[x]]
+    y, x = (1, 2) if getattr(getattr(network, "timm_model", network), "output_fmt", "") == "NHWC" else (2, 3)
+    maps = [f for f in features if f.ndim == 4 and len(f) == 1 and 1 < f.shape[y] == f.shape[x]]  # no computed weights
     if not maps:
         fault = "its image tower has neither feature maps nor attention, which show places in the image"
         raise UserError(f"model_name {model.cfg.model_name!r} cannot be explained: {fault}")

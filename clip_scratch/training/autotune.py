@@ -27,7 +27,7 @@ from ..models.clip import DualEncoder
 from ..models.precision import default_precision
 from .large_batch import split
 
-_FORMAT = 2  # of the records: a new number has all measured again
+_FORMAT = 3  # of the records: a new number has all measured again
 MIN_STEPS = 200  # a shorter run would not win back the seconds that measuring takes
 _CPU_IMAGES, _GPU_IMAGES = 16, 64  # a part of a batch is enough
 _STEPS = 3
@@ -58,10 +58,11 @@ def _key(model: DualEncoder, batch: Batch) -> str:
     """A hash of what the choice depends on: the machine, the towers, which of their weights train, and the shapes."""
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    fixed = model.cfg.freeze_batch_norm  # such norms are folded into convolutions
     machine = [_FORMAT, device.type, name, computes_in_bf16(device), torch.get_num_threads(), torch.__version__]
     towers = [(repr(tower), [p.requires_grad for p in tower.parameters()]) for tower in model.towers.values()]
     shapes = [batch["pixel_values"].shape[1:], model.tokenizer.model_max_length]
-    return hashlib.sha256(repr([machine, towers, shapes]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([machine, towers, shapes, fixed]).encode()).hexdigest()[:16]
 
 
 def measure_precision(model: DualEncoder, batch: Batch, cfg: CFG) -> tuple[CFG, str]:
