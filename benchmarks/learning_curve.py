@@ -1,6 +1,8 @@
 """R@1 on the validation images over the minutes of a run.
 
-python -m benchmarks.learning_curve --run runs/trio --chart docs/recall.png
+    python -m benchmarks.learning_curve --run runs/trio --chart docs/recall.png
+
+docs/recall.png is that of the trained run in benchmarks/recall.md.
 """
 
 import json

@@ -118,6 +118,7 @@ def test_depthwise_convolutions_train_in_fp32(folded):
             exact = F.batch_norm(exact, net[2].running_mean, net[2].running_var, net[2].weight, net[2].bias)
         assert wide.dtype == out.dtype == fast.dtype == torch.bfloat16
         assert torch.allclose(out.float(), exact, rtol=2**-7, atol=1e-3)
+        assert folded or torch.equal(out, exact.bfloat16())
         out.float().square().sum().backward()
         wanted = torch.autograd.grad(exact.square().sum(), net[1].weight)[0]
         assert net[1].weight.grad.dtype == torch.float32

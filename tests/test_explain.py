@@ -131,7 +131,7 @@ def test_grad_cam_by_hand(make):
 
 
 def test_several_towers_are_explained_each_by_its_own_maps(make):
-    """By torch alone: Grad-CAM at the last stage of each, whose maps differ in size, summed at the larger one."""
+    """By torch alone: the sum of Grad-CAM at the last stage of each."""
     names = "test_resnet+tf_efficientnet_lite0"
     model, image, found = make(names, size=160, precision="fp32", head="linear"), noise(), {}
     for parameter in model.image_encoder.parameters():

@@ -85,6 +85,8 @@ def test_no_path_of_this_machine_is_published():
     cfg = CFG(backend="hf_clip", model_name="/home/me/models/clip", image_path="/home/me/photos", head_lr=0.5)
     card = model_card("me/x", cfg, "photos", "| a table |", "")
     assert "/home/me" not in card and "model_name: clip" in card and "head_lr: 0.5" in card
+    card = model_card("me/x", CFG(model_name="a+b", image_weights="package:x/a.pth+/home/me/b.pth"), "photos", "", "")
+    assert "image_weights: package:x/a.pth+b.pth" in card
 
 
 def test_an_encoder_of_one_s_own_is_not_uploaded(tmp_path):

@@ -38,9 +38,9 @@ def prepare_convolutions(network: nn.Module, cfg: CFG, fold: bool = True) -> Non
 def fold_batch_norms(network: nn.Module, size: int) -> None:
     """On a CPU, fold each batch norm into the convolution before it while its statistics are fixed, in place.
 
-    The folded weights are computed anew in each pass, and gradients reach both modules. Nothing is changed where this
-    would change what the network gives for an image of `size` pixels: the order of a module's children need not be
-    that of its computation.
+    The folded weights are computed anew in each pass, and gradients reach both modules. A network that gives something
+    else with them, for an image of `size` pixels, is left as it was: its modules need not run in the order of their
+    definition.
     """
     pairs = list(conv_norm_pairs(network))
     if not pairs:
