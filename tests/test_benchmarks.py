@@ -131,7 +131,7 @@ def test_bf16_is_measured_only_where_the_processor_has_it(bf16, monkeypatch):
 
 
 def test_rows_in_bf16_say_that_the_processor_has_none():
-    text = dict.fromkeys(("padded", "trimmed", "many", "many in chunks"), (1, 1))
+    text = dict.fromkeys(("padded", "trimmed", "torch's dropout", "many", "many in chunks"), (1, 1))
     image = {"fp32 channels_last": (3, 1), "fp32 contiguous": (2, 1)}
     small = dict.fromkeys(("fp32", "fixed", "folded", "folded, depthwise frozen", "frozen", "frozen, folded"), (1, 1))
     lines = reached(TRICKS, {"tricks": {"rounds": [{"image tower": image, "text tower": text, "efficientnet": small}]}})
@@ -182,7 +182,9 @@ def test_quick_run_writes_everything(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.rounds.Child", Here)
     monkeypatch.setattr(contenders, "SETTLING", 1)
     folder = main(
-        Arguments(output_dir=str(tmp_path / "results"), quick=True, only=["loader", "training", "heads", "peer"])
+        Arguments(
+            output_dir=str(tmp_path / "results"), quick=True, only=["loader", "training", "compact", "heads", "peer"]
+        )
     )
     results = json.loads((folder / "results.json").read_text())
     measured = [line for line in results["targets"] + results["further"] if "reached" in line]

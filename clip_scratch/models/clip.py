@@ -19,6 +19,7 @@ from ..data.images import image_transform
 from ..data.tokenizer import build_tokenizer
 from ..errors import UserError
 from .convolutions import prepare_convolutions
+from .dropout import speed_up_dropout
 from .encoders import TextEncoder, Tower, build_image_encoder, build_text_encoder
 from .freezing import freeze, keep_frozen_in_eval
 from .precision import autocast, memory_format
@@ -190,6 +191,7 @@ class CLIPModel(DualEncoder):
         # A module of the user's own is not called before it is needed
         prepare_convolutions(self.towers["image"], cfg, fold=isinstance(self.image_encoder, Tower))
         self.apply_memory_format()
+        speed_up_dropout(self)
 
     @property
     def towers(self) -> dict[str, nn.Module]:
