@@ -32,6 +32,23 @@ class Scenes(CFG):
     warmup_steps = 50
 
 
+class DefaultPair(Scenes):
+    """ResNet50 + DistilBERT from random weights on 30,000 scenes: `python -m clip_scratch.train default_pair`.
+
+    40 minutes on 2 CPU cores (Xeon, AMX bf16), 1.4 epochs; of 500 validation images R@1 55.8 image to text, 43.7 text
+    to image, rsum 479.
+    """
+
+    n_scenes = 30_000
+    model_name = "resnet50"
+    text_encoder_model = "distilbert-base-uncased"
+    captions_per_image = 1
+    image_encoder_lr = 1e-3
+    text_encoder_lr = 2e-4
+    warmup_steps = 100
+    minutes = 40.0
+
+
 class Flickr8k(CFG):
     """ResNet50 + DistilBERT, needs a network, not measured yet: `python -m clip_scratch.train flickr8k`."""
 
@@ -195,7 +212,7 @@ class IndoFashion(HFClip):
 
 
 PRESETS: dict[str, type[CFG]] = {
-    "scenes": Scenes, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "coco": Coco, "compact": Compact,
-    "trio": Trio, "speedrun": Speedrun, "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip,
+    "scenes": Scenes, "default_pair": DefaultPair, "flickr8k": Flickr8k, "flickr30k": Flickr30k, "coco": Coco,
+    "compact": Compact, "trio": Trio, "speedrun": Speedrun, "hf_clip": HFClip, "flickr8k_clip": Flickr8kClip,
     "flickr30k_clip": Flickr30kClip, "food": Food, "indo_fashion": IndoFashion,
 }  # fmt: skip
