@@ -67,7 +67,6 @@ def contenders(group: str, setup: Setup, folder: str) -> dict[str, Callable[[], 
             "classical": partial(Classical, replace(setup, **towers)),
             "compact": partial(Ours, setup, **compact),
             "compact, depthwise frozen": partial(Ours, setup, **compact, freeze_depthwise=True),
-            "peak": partial(Peak, setup),
         },
         "heads": {"ours": partial(HeadOnly, setup, 1000)},
         "tricks": {

@@ -135,15 +135,15 @@ def arithmetic(groups: dict[str, dict]) -> list[dict[str, object]]:
     MFU is the share of the peak measured in the same rounds, and on a known GPU also of the data sheet's.
     """
     lines = []
-    for name in ("training", "compact", "gpu"):
+    for name in ("training", "gpu"):
         group = groups.get(name, {})
         for contender, facts in group.get("facts", {}).items():
             if "flops_a_step" not in facts:
                 continue
             steps = Spread.of(rates(group["rounds"], contender, "pairs")).median / facts["captions_a_step"]
-            line = {"contender": f"GPU: {contender}" if name == "gpu" else contender}
+            line = {"contender": contender if name == "training" else f"GPU: {contender}"}
             line |= {"flops_a_step": facts["flops_a_step"], "flops_a_second": steps * facts["flops_a_step"]}
-            if name != "gpu":
+            if name == "training":
                 precisions = group["rounds"][0]["peak"]
                 peak = max(Spread.of(rates(group["rounds"], "peak", precision)).median for precision in precisions)
             else:
