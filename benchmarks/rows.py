@@ -79,7 +79,7 @@ TRICKS = (
         ("efficientnet", "fixed")),
     Row("tricks", "trick: depthwise convolutions frozen, EfficientNet-lite0",
         ("efficientnet", "folded, depthwise frozen"), ("efficientnet", "folded")),
-    Row("compact", "the same, a whole step of compact, pairs/s", ("compact, depthwise frozen", "pairs"),
+    Row("compact", "trick: depthwise convolutions frozen, preset compact", ("compact, depthwise frozen", "pairs"),
         ("compact", "pairs")),
     Row("tricks", "trick: batch norms folded, frozen EfficientNet-lite0", ("efficientnet", "frozen, folded"),
         ("efficientnet", "frozen")),
