@@ -19,11 +19,10 @@ from PIL import Image
 from torch import nn
 
 from ..errors import UserError
-from ..hub import is_function
 from ..models.clip import CLIPModel, DualEncoder, ProjectionHead
 from ..models.hf_clip import HFCLIPModel
 from .dual_encoder import timm_config
-from .transformers_folder import image_processor
+from .transformers_folder import foreign_encoders, image_processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,10 +32,9 @@ _PIXELS = {"backend": "pil"}  # the resize of clip_scratch; torchvision's differ
 
 def check_sentence_transformers(model: DualEncoder) -> None:
     """Raise UserError where sentence-transformers is missing or has no module for a part of the model."""
-    for name in () if isinstance(model, HFCLIPModel) else ("model_name", "text_encoder_model"):
-        if is_function(value := getattr(model.cfg, name)) or (name == "model_name" and "+" in value):
-            near = "one timm model" if name == "model_name" else "a transformers text encoder"
-            raise UserError(f"{name} {value!r}: sentence-transformers has no class for it. Train with {near} instead")
+    for name, value in foreign_encoders(model).items():
+        near = "one timm model" if name == "model_name" else "a transformers text encoder"
+        raise UserError(f"{name} {value!r}: sentence-transformers has no class for it. Train with {near} instead")
     try:
         import sentence_transformers  # noqa: F401
     except ImportError as error:

@@ -21,14 +21,23 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 
+def foreign_encoders(model: DualEncoder) -> dict[str, str]:
+    """Setting -> value of the encoders that no library has one class for: the user's own, and several side by side."""
+    if isinstance(model, HFCLIPModel):
+        return {}
+    names = {name: getattr(model.cfg, name) for name in ("model_name", "text_encoder_model")}
+    return {
+        name: value for name, value in names.items() if is_function(value) or (name == "model_name" and "+" in value)
+    }
+
+
 def check_exportable(model: DualEncoder) -> None:
     """Raise UserError, which names the setting, where no class of transformers computes what the model does."""
     if isinstance(model, HFCLIPModel):
         return
-    for name in ("model_name", "text_encoder_model"):
-        if is_function(value := getattr(model.cfg, name)) or (name == "model_name" and "+" in value):
-            fix = "Use one tower by its name in timm or transformers, or --format onnx"
-            raise UserError(f"{name} {value!r}: transformers has no class for such an encoder. {fix}")
+    for name, value in foreign_encoders(model).items():
+        fix = "Use one tower by its name in timm or transformers, or --format onnx"
+        raise UserError(f"{name} {value!r}: transformers has no class for such an encoder. {fix}")
     if model.cfg.head != "linear":
         fix = "Train with --head linear, or choose --format sentence-transformers or onnx"
         raise UserError(f"head 'mlp' cannot be exported: transformers projects linearly. {fix}")

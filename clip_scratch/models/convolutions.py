@@ -38,9 +38,8 @@ def prepare_convolutions(network: nn.Module, cfg: CFG, fold: bool = True) -> Non
 def fold_batch_norms(network: nn.Module, size: int) -> None:
     """On a CPU, fold each batch norm into the convolution before it while its statistics are fixed, in place.
 
-    The folded weights are computed anew in each pass, and gradients reach both modules. A network that gives something
-    else with them, for an image of `size` pixels, is left as it was: its modules need not run in the order of their
-    definition.
+    Weights are folded again in every pass, so that gradients reach both modules. Modules need not run in the order in
+    which they are defined: nothing is folded where that changes the network's output for an image of `size` pixels.
     """
     pairs = list(conv_norm_pairs(network))
     if not pairs:

@@ -75,6 +75,9 @@ class Tower(nn.Module):
     def train(self, mode: bool = True) -> Tower:
         return super().train(mode and self.trainable)
 
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(*inputs)
+
 
 class ImageEncoder(Tower):
     """Any timm image model without its classifier: (B, 3, S, S) normalised pixels -> (B, D) pooled features.
@@ -115,9 +118,6 @@ class ImageEncoder(Tower):
         self.mean, self.std = config["mean"], config["std"]
         self.size = size or config["input_size"][-1]
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values)  # (B, 3, S, S) -> (B, D)
-
 
 class Concatenated(nn.Module):
     """Networks that see the same pixels, their features side by side: (B, 3, S, S) -> (B, D1 + D2 + ...)."""
@@ -143,9 +143,6 @@ class ImageEncoders(Tower):
                 listed = " and ".join(map(str, values))
                 raise UserError(f"model_name: the models expect images of different {name}, {listed}. {fix}")
             setattr(self, name, values[0])
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values)  # (B, 3, S, S) -> (B, D)
 
 
 class TextEncoder(Tower):

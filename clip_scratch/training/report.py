@@ -38,9 +38,8 @@ class Report:
         """How many parameters train, and how many captions are cut off."""
         frozen, limit = frozen_parts(self.cfg), model.tokenizer.model_max_length
         for part, (trained, total) in count_parameters(model).items():
-            why = f" (freeze: {frozen[part]})" if part in frozen else ""
-            if part == "image" and self.cfg.freeze_depthwise:
-                why = f" (freeze: {frozen[part]}, depthwise)"
+            also = ", depthwise" if part == "image" and self.cfg.freeze_depthwise else ""
+            why = f" (freeze: {frozen[part]}{also})" if part in frozen else ""
             print(f"{_LABELS[part] + ':':<13}{trained:>12,} of {total:>12,} parameters train{why}")
         if truncated:
             print(f"{truncated:,} captions are longer than {limit} tokens and are cut off there")
